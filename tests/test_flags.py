@@ -1,0 +1,91 @@
+"""Flags: the settings at the top of a script, on the command line, and their errors."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import ex3_convnet
+import utils
+
+NAMES = {"norm_flag", "earlystop", "patience", "dropout", "augmentation", "num_epochs",
+         "batch_size", "learning_rate", "learning_rate_decay", "reg", "num_training",
+         "num_validation", "seed", "dataset", "device"}
+
+
+def parse(*argv):
+    return utils.parse_flags(vars(ex3_convnet), argv)
+
+
+def test_defaults_are_the_settings_of_the_script():
+    flags = vars(parse())
+    assert set(flags) >= NAMES
+    assert flags == {name: getattr(ex3_convnet, name) for name in flags}
+    assert (flags["learning_rate"], flags["batch_size"], flags["num_epochs"]) == (2e-3, 200, 20)
+    assert (flags["learning_rate_decay"], flags["reg"], flags["patience"]) == (0.95, 1e-3, 10)
+
+
+def test_an_edited_setting_is_the_new_default(monkeypatch):
+    monkeypatch.setattr(ex3_convnet, "dropout", 0)  # an int, where a float stood
+    monkeypatch.setattr(ex3_convnet, "norm_flag", True)
+    assert parse().dropout == 0.0
+    assert parse("--dropout=0.3").dropout == 0.3
+    assert parse().norm_flag is True
+    assert parse("--norm_flag=False").norm_flag is False
+
+
+def test_an_edited_setting_is_checked_like_a_flag(monkeypatch, capsys):
+    monkeypatch.setattr(ex3_convnet, "dropout", 1.5)
+    with pytest.raises(SystemExit) as end:
+        parse()
+    assert end.value.code == 2
+    assert "--dropout" in capsys.readouterr().err
+
+
+def test_values_from_the_command_line():
+    flags = parse("--norm_flag", "--dropout=0.3", "--num_epochs", "5", "--num_training=None",
+                  "--num_validation=7", "--augmentation=horizontal_flip+rotation")
+    assert flags.norm_flag is True
+    assert (flags.dropout, flags.num_epochs) == (0.3, 5)
+    assert (flags.num_training, flags.num_validation) == (None, 7)
+    assert flags.augmentation == "horizontal_flip+rotation"
+
+
+@pytest.mark.parametrize("argument", [
+    "--dropout=1.5", "--dropout=1", "--dropout=nan", "--dropout=a", "--num_epochs=0",
+    "--num_epochs=2.5", "--batch_size=0", "--learning_rate=0", "--learning_rate=inf", "--reg=-1",
+    "--patience=0", "--seed=-1", "--norm_flag=maybe", "--augmentation=flip", "--augmentation=",
+    "--device=gpu", "--precision=float8", "--monitor=test", "--num_training=0", "--unknown=1",
+    "--norm", "positional", "--num_validation=0", "--image_size=8"])
+def test_a_wrong_flag_is_one_sentence_and_code_2(argument, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(argument)
+    message = capsys.readouterr().err
+    assert end.value.code == 2
+    assert message.count("\n") == 1
+    assert argument.split("=")[0] in message
+
+
+def test_a_misspelt_flag_gets_a_suggestion(capsys):
+    with pytest.raises(SystemExit):
+        parse("--num_epoch=3")
+    assert "did you mean --num_epochs" in capsys.readouterr().err
+
+
+def test_help_lists_every_flag_with_its_default_and_comment(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    assert end.value.code == 0
+    page = " ".join(capsys.readouterr().out.split())
+    source = Path(ex3_convnet.__file__).read_text(encoding="utf-8")
+    for name in vars(parse()):
+        comment = re.search(rf"^{name}: .*  # (.*)$", source, re.MULTILINE)[1]
+        assert f"--{name} " in page
+        assert f"{comment} (default: {getattr(ex3_convnet, name)})" in page
+    assert "training recipe:" in page
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(utils.Problem, match="cuda:99") as problem:
+        utils.choose_device("cuda:99", "auto")
+    assert problem.value.status == 2

@@ -1,0 +1,65 @@
+"""The convnet: size, layers, initial weights, and that torchsummary leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import utils
+from ex3_convnet import ConvNet
+
+
+@pytest.mark.parametrize(("norm_flag", "size"), [(False, 7_678_474), (True, 7_682_826)])
+def test_the_reports_model_sizes(norm_flag, size, capsys):
+    model = ConvNet(norm_flag=norm_flag)
+    assert utils.count_parameters(model) == size
+    utils.print_summary(model, 32)
+    assert f"torchsummary counts {size:,} trainable" in capsys.readouterr().out
+
+
+def test_only_parameters_that_learn_count_as_trainable():
+    model = ConvNet()
+    model.layers[0].weight.requires_grad_(False)
+    assert utils.count_parameters(model) == 7_678_474 - 128 * 27
+    assert utils.count_parameters(model, trainable=False) == 7_678_474
+
+
+@pytest.mark.parametrize(("norm_flag", "dropout"), [(False, 0), (True, 0), (False, 0.3),
+                                                    (True, 0.3)])
+def test_the_order_of_the_layers(norm_flag, dropout):
+    layers = list(ConvNet(norm_flag, dropout).layers)
+    block = [nn.Conv2d, *[nn.BatchNorm2d] * norm_flag, nn.MaxPool2d, nn.ReLU,
+             *[nn.Dropout] * bool(dropout)]
+    assert [type(layer) for layer in layers] == block * 5 + [nn.Flatten, nn.Linear]
+    convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    assert [c.out_channels for c in convolutions] == [128, 512, 512, 512, 512]
+    assert all((c.kernel_size, c.stride, c.padding) == ((3, 3), (1, 1), (1, 1))
+               for c in convolutions)
+    assert all(layer.p == dropout for layer in layers if isinstance(layer, nn.Dropout))
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = ConvNet()
+    head, first = model.layers[-1], model.layers[0]
+    assert head.weight.std().item() == pytest.approx(0.001, rel=0.05)
+    assert head.bias.abs().max() == 0
+    torch.manual_seed(0)
+    assert torch.equal(first.weight, nn.Conv2d(3, 128, 3).weight)  # PyTorch's default
+
+
+@pytest.mark.parametrize(("size", "classes"), [(32, 10), (33, 2), (64, 3)])
+def test_shapes(size, classes):
+    model = ConvNet(num_classes=classes, image_size=size).eval()
+    assert model(torch.zeros(2, 3, size, size)).shape == (2, classes)
+
+
+def test_the_summary_changes_neither_the_model_nor_the_random_state(capsys):
+    model = ConvNet(norm_flag=True).train()
+    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    utils.print_summary(model, 32)
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())

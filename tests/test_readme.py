@@ -1,0 +1,50 @@
+"""The README: its commands parse, its links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import ex3_convnet
+import utils
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+SCRIPTS = {"ex3_convnet.py": ex3_convnet}
+CALLS = [call.strip() for block in BLOCKS for call in re.split(r"&&|\n", block) if call.strip()]
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if "ex3_" in call])
+def test_a_command_parses(call):
+    python, script, *arguments = shlex.split(call, comments=True)
+    assert python == ".venv/bin/python"
+    if arguments == ["--help"]:
+        with pytest.raises(SystemExit) as end:
+            utils.parse_flags(vars(SCRIPTS[script]), arguments)
+        assert end.value.code == 0
+    else:
+        flags = vars(utils.parse_flags(vars(SCRIPTS[script]), arguments))
+        for argument in arguments:
+            assert argument.removeprefix("--").split("=")[0] in flags
+
+
+def test_the_first_three_commands_set_up_everything():
+    for block in BLOCKS[:3]:
+        assert block.startswith(
+            "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt")
+    assert "--dataset=synthetic" in BLOCKS[0]
+    assert BLOCKS[2].endswith(".venv/bin/pytest\n")
+
+
+def test_every_other_command_is_known():
+    known = (".venv/bin/python ", "python3 -m venv .venv", ".venv/bin/pip install -r requirements",
+             ".venv/bin/ruff check .", ".venv/bin/pytest")
+    assert all(call.startswith(known) for call in CALLS)
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -1,0 +1,53 @@
+"""The script as a user runs it, in a process of its own."""
+
+import pytest
+from PIL import Image
+
+
+@pytest.mark.parametrize(("arguments", "status", "words"), [
+    (["--dropout=1.5"], 2, "below 1"),
+    (["--nonsense"], 2, "unknown flag --nonsense"),
+    (["--dataset=synthetic", "--num_validation=6000"], 2, "5000 training images of synthetic"),
+    (["--dataset=no/such/folder"], 1, "no/such/folder"),
+    (["--dataset=synthetic", "--device=cuda:77"], 2, "cuda:77")])
+def test_an_error_is_one_sentence(project, arguments, status, words):
+    result = project("ex3_convnet.py", *arguments)
+    assert result.returncode == status
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert {path.name for path in project.folder.iterdir()} <= {
+        "ex3_convnet.py", "utils.py", "__pycache__"}
+
+
+def test_importing_does_nothing(project):
+    result = project("-c", "import ex3_convnet; ex3_convnet.ConvNet(norm_flag=True, dropout=0.5)")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert {path.name for path in project.folder.iterdir()} <= {
+        "ex3_convnet.py", "utils.py", "__pycache__"}
+
+
+def test_a_run_leaves_checkpoint_record_and_figures(project, image_folder):
+    """On a person's own two classes of photos, with the settings edited at the top."""
+    script = project.folder / "ex3_convnet.py"
+    script.write_text(script.read_text().replace("num_epochs: int = 20", "num_epochs: int = 2")
+                      .replace("dropout: float = 0.0", "dropout: float = 0.25"))
+    result = project("ex3_convnet.py", "--dataset=photos", "--augmentation=horizontal_flip",
+                     "--num_validation=4", "--seed=3")
+    assert result.returncode == 0, result.stderr
+    assert "epoch  2/2:" in result.stdout
+    assert "\r" not in result.stdout + result.stderr  # no progress bar in a log
+    for word in ("on photos", "8 training, 4 validation, 4 test images", "dropout 0.25", "seed 3",
+                 "train accuracy", "validation", "test"):
+        assert word in result.stdout
+    files = {str(path.relative_to(project.folder)) for path in project.folder.rglob("*.*")}
+    name = "convnet-dropout-0.25-horizontal-flip"
+    assert f"latest_model_{name}.ckpt" in files
+    assert not any(file.startswith("best") or file.endswith(".tmp") for file in files)
+    for figure in ("learning_curves", "filters"):
+        with Image.open(project.folder / f"figures/photos/{name}_{figure}.png") as image:
+            assert image.width > 1000
+            assert len(image.convert("RGB").getcolors(2**24)) > 50
+    records = [file for file in files if file.startswith("figures/photos/records/")]
+    assert len(records) == 1
+    assert str(project.folder) not in (project.folder / records[0]).read_text()
