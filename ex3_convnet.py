@@ -36,6 +36,7 @@ image_size: int = 32  # images are resized to so many pixels a side
 device: str = "auto"  # cpu, cuda or cuda:N; auto: CUDA where there is one
 precision: str = "auto"  # float32 or bfloat16; auto: bfloat16 where it is fast
 show: bool = False  # open a window for each figure, after saving it
+predict: list = []  # images or folders: classify them with the trained model, without training
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # normalization: pixels 0..1 become -1..1
 CHANNELS = (128, 512, 512, 512, 512)
@@ -100,17 +101,27 @@ def plot_filters(record, path, show=False):
     utils.save_figure(figure, path, show)
 
 
+def experiment_name(flags):
+    """The experiment, as file names give it."""
+    return utils.slug(describe(flags)) + f"_seed{flags.seed}" * (flags.seed > 0)
+
+
+def build(flags, num_classes, image_size):
+    """The network of the flags, with initial weights."""
+    return ConvNet(flags.norm_flag, flags.dropout, num_classes, image_size)
+
+
 def run(flags, data, dtype):
     """One experiment: a new network, trained, tested, recorded and drawn. Returns the record."""
     torch.manual_seed(flags.seed)
-    model = ConvNet(flags.norm_flag, flags.dropout, len(data.classes), flags.image_size)
+    model = build(flags, len(data.classes), flags.image_size)
     utils.print_summary(model, flags.image_size)
     before = first_filters(model)
-    title = describe(flags)
-    record = utils.run_experiment(title, model, data, flags, dtype, utils.slug(title))
+    name = experiment_name(flags)
+    record = utils.run_experiment(describe(flags), name, model, data, flags, dtype)
     record["filters"] = {"before": before, "after": first_filters(model)}
     utils.save_record(record)
-    folder, name = utils.results_folder(record), utils.slug(title)
+    folder = utils.results_folder(record)
     utils.plot_learning_curves(record, folder / f"{name}_learning_curves.png", flags.show)
     plot_filters(record, folder / f"{name}_filters.png", flags.show)
     return record
@@ -120,6 +131,8 @@ def main(argv=None):
     """Run the experiment that the flags describe (argv: the command line; None: the real one)."""
     flags = utils.parse_flags(globals(), argv)
     device, dtype = utils.choose_device(flags.device, flags.precision)
+    if flags.predict:
+        return utils.predict(flags, experiment_name(flags), build, device, dtype)
     data = utils.load_data(flags.dataset, flags.image_size, flags.num_training,
                            flags.num_validation, MEAN, STD, device)
     return run(flags, data, dtype)

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
@@ -111,6 +112,12 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')} (--help lists the flags)\n")
 
     def parse_args(self, argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        lists = tuple(f"{name}=" for name, action in self._option_string_actions.items()
+                      if action.nargs == "+")
+        # argparse takes more than one value after "--name", but not after "--name="
+        argv = [part for text in argv
+                for part in (text.split("=", 1) if text.startswith(lists) else [text])]
         flags, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
@@ -137,22 +144,25 @@ def parse_flags(script, argv=None):
             group = parser.add_argument_group(heading[1])
         elif setting := SETTING.match(line):
             name, types, comment = setting.groups()
-            boolean = {"nargs": "?", "const": True} if "bool" in types else {}  # --name alone
-            group.add_argument(
-                f"--{name}", type=partial(parse_value, name, types), default=str(script[name]),
-                metavar=types.upper().replace(" | ", "|"), **boolean,
-                help=f"{comment or ''} (default: %(default)s)".replace("%", "%%")
-                .replace("%%(default)s", "%(default)s"))
+            # a default that is a text is parsed and checked like one from the command line
+            options = {"type": partial(parse_value, name, types), "default": str(script[name])}
+            if "bool" in types:
+                options |= {"nargs": "?", "const": True}  # --name alone
+            elif types == "list":
+                options = {"nargs": "+", "default": script[name]}
+            group.add_argument(f"--{name}", metavar=types.upper().replace(" | ", "|"), **options,
+                               help=f"{comment or ''} (default: {script[name]})".replace("%", "%%"))
     return parser.parse_args(argv)
 
 
 # flags that say where and how fast to run, not what: two runs that differ in them are the same run
-ENVIRONMENT = ("dataset", "device", "show")
+ENVIRONMENT = ("dataset", "device", "show", "predict")
 
 
 def public_flags(flags):
-    """The flags as a dict for records and checkpoints, without the path of an image folder."""
-    return {**vars(flags), "dataset": Path(flags.dataset).name}
+    """The flags as a dict for records and checkpoints: of a path, only the last part."""
+    return {name: Path(value).name if isinstance(value, str) else value
+            for name, value in vars(flags).items() if name != "predict"}
 
 
 def parse_value(name, types, text):
@@ -296,9 +306,7 @@ def load_cifar10(folder, mirrors=CIFAR10_MIRRORS):
 
 def unpack(archive, batches):
     """Unpack CIFAR-10's archive beside itself if its hash is right; all or nothing."""
-    with open(archive, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != CIFAR10_SHA256:
+    if sha256(archive) != CIFAR10_SHA256:
         raise Problem(f"{archive} is truncated or altered (its sha256 is not that of CIFAR-10's "
                       "archive): delete it and run again")
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix="unpacking-") as temporary:
@@ -307,8 +315,25 @@ def unpack(archive, batches):
             os.replace(Path(temporary) / batches.name, batches)
 
 
-def download(mirrors, path, sha256):
-    """Download a file from the first mirror that serves the bytes with this hash.
+def sha256(path):
+    """The SHA-256 of a file, in hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def stall_timeout():
+    """Within it, a connection that delivers nothing for STALL_SECONDS is an error, not a hang."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def download(mirrors, path, digest):
+    """Download a file from the first mirror that serves the bytes with this SHA-256.
 
     torch.hub writes into a temporary file, which becomes `path` only when the hash is right.
     All mirrors are asked at once first, so that a machine without network is told so soon.
@@ -317,19 +342,15 @@ def download(mirrors, path, sha256):
     path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(mirrors)) as pool:
         problems = dict(zip(mirrors, pool.map(no_answer, mirrors)))
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL_SECONDS)  # urllib's, for every single read
-    try:
-        for url in [url for url in mirrors if not problems[url]]:
-            host = url.split("/")[2]
-            print(f"Downloading {path.name} from {host}", flush=True)
-            try:
-                return torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
-            except (OSError, RuntimeError, http.client.HTTPException) as problem:
-                problems[url] = problem
-                print(f"{host} failed: {problem}", flush=True)
-    finally:
-        socket.setdefaulttimeout(timeout)
+    for url in [url for url in mirrors if not problems[url]]:
+        host = url.split("/")[2]
+        print(f"Downloading {path.name} from {host}", flush=True)
+        try:
+            with stall_timeout():
+                return torch.hub.download_url_to_file(url, str(path), digest, sys.stderr.isatty())
+        except (OSError, RuntimeError, http.client.HTTPException) as problem:
+            problems[url] = problem
+            print(f"{host} failed: {problem}", flush=True)
     raise Problem(
         f"CIFAR-10 is not in {path.parent} and no mirror delivers it ({problems[mirrors[0]]}): "
         f"put {path.name} into that folder, point --dataset to an image folder "
@@ -833,11 +854,11 @@ def format_seconds(seconds):
     return f"{minutes // 60}:{minutes % 60:02} h"
 
 
-def run_experiment(title, model, data, flags, dtype, checkpoint_name):
+def run_experiment(title, name, model, data, flags, dtype):
     """Train and test one network as the flags say; write its checkpoints; return its record.
 
     The numbers that count are those of the best model with early stopping, else of the last one.
-    title: the network and what is special about it; checkpoint_name: latest_model_{it}.ckpt.
+    title: the network and what is special about it; name: the same in the checkpoints' names.
     """
     device = data.images.device
     model.to(device, memory_format=torch.channels_last)
@@ -856,8 +877,7 @@ def run_experiment(title, model, data, flags, dtype, checkpoint_name):
         model, data, optimizer, scheduler, num_epochs=flags.num_epochs,
         batch_size=flags.batch_size, seed=flags.seed, augmentation=flags.augmentation, dtype=dtype,
         patience=flags.patience if flags.earlystop else None, monitor=flags.monitor,
-        latest=FOLDER / f"latest_model_{checkpoint_name}.ckpt",
-        best=FOLDER / f"best_model_{checkpoint_name}.ckpt", about=about)
+        latest=checkpoint_path("latest", name), best=checkpoint_path("best", name), about=about)
     if flags.earlystop:
         model.load_state_dict(best_weights)
     _, test_accuracy = evaluate(model, data, data.test, dtype)
@@ -909,6 +929,50 @@ def peak_memory(device):
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
 
 
+# ========================================== prediction ==========================================
+
+
+def predict(flags, name, build, device, dtype):
+    """Print the class and its probability for images, with the model that was trained before.
+
+    flags.predict: paths of images or folders of images; name: of the experiment. The best model
+    counts with early stopping, else the latest. build(flags, num_classes, image_size): the network.
+    Raises Problem if there is no model yet, or it or an image cannot be read.
+    """
+    path = checkpoint_path("best" if flags.earlystop else "latest", name)
+    if not path.exists():
+        raise Problem(f"{path} does not exist: train with the same flags first, without --predict")
+    state = load_checkpoint(path)
+    try:
+        size, classes = state["image_size"], state["classes"]
+        model = build(argparse.Namespace(**state["flags"]), len(classes), size)
+        model.load_state_dict(state["model"])
+        mean, std = (torch.tensor(state[key], device=device).view(1, 3, 1, 1)
+                     for key in ("mean", "std"))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as problem:
+        raise Problem(f"{path} is not a checkpoint of this script: {problem}") from problem
+    print(f"{state['title']}, trained on {state['data']} for {state['epoch']} epochs ({path.name})")
+    model.to(device).eval()
+    for image_path in list_images(flags.predict):
+        image = torch.from_numpy(read_image(image_path, size).copy()).permute(2, 0, 1)[None]
+        with torch.inference_mode(), torch.autocast(device.type, dtype, dtype != torch.float32):
+            logits = model(image.to(device).float().div(255).sub(mean).div(std))
+        probability, label = logits.float().softmax(dim=1).max(dim=1)
+        print(f"{image_path}: {classes[label]} {probability.item():.1%}")
+
+
+def list_images(paths):
+    """The images behind paths of images and folders, those of a folder sorted."""
+    images = []
+    for path in map(Path, paths):
+        found = [path] if not path.is_dir() else sorted(
+            p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        if not found:
+            raise Problem(f"there is no image in {path}")
+        images += found
+    return images
+
+
 # ==================================== checkpoints and records ====================================
 
 
@@ -926,6 +990,11 @@ def replacing(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def checkpoint_path(kind, name):
+    """Where the "latest" or the "best" model of an experiment is."""
+    return FOLDER / f"{kind}_model_{name}.ckpt"
 
 
 def save_checkpoint(path, state):

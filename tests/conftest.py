@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def project(tmp_path):
     """A copy of the project, as a user has it, and a function that runs one of its scripts."""
-    for name in ("ex3_convnet.py", "utils.py"):
+    for name in ("ex3_convnet.py", "ex3_pretrained.py", "utils.py"):
         shutil.copy(ROOT / name, tmp_path)
 
     def run(*command, **environment):

@@ -1,7 +1,9 @@
-"""The script as a user runs it, in a process of its own."""
+"""The scripts as a user runs them, in a process of its own."""
 
 import pytest
 from PIL import Image
+
+FILES = {"ex3_convnet.py", "ex3_pretrained.py", "utils.py", "__pycache__"}
 
 
 @pytest.mark.parametrize(("arguments", "status", "words"), [
@@ -16,15 +18,14 @@ def test_an_error_is_one_sentence(project, arguments, status, words):
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
-    assert {path.name for path in project.folder.iterdir()} <= {
-        "ex3_convnet.py", "utils.py", "__pycache__"}
+    assert {path.name for path in project.folder.iterdir()} <= FILES
 
 
 def test_importing_does_nothing(project):
-    result = project("-c", "import ex3_convnet; ex3_convnet.ConvNet(norm_flag=True, dropout=0.5)")
+    result = project("-c", "import ex3_convnet, ex3_pretrained; ex3_convnet.ConvNet(norm_flag=True,"
+                     " dropout=0.5); ex3_pretrained.VGG()")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert {path.name for path in project.folder.iterdir()} <= {
-        "ex3_convnet.py", "utils.py", "__pycache__"}
+    assert {path.name for path in project.folder.iterdir()} <= FILES
 
 
 def test_a_run_leaves_checkpoint_record_and_figures(project, image_folder):
@@ -41,7 +42,7 @@ def test_a_run_leaves_checkpoint_record_and_figures(project, image_folder):
                  "train accuracy", "validation", "test"):
         assert word in result.stdout
     files = {str(path.relative_to(project.folder)) for path in project.folder.rglob("*.*")}
-    name = "convnet-dropout-0.25-horizontal-flip"
+    name = "convnet-dropout-0.25-horizontal-flip_seed3"
     assert f"latest_model_{name}.ckpt" in files
     assert not any(file.startswith("best") or file.endswith(".tmp") for file in files)
     for figure in ("learning_curves", "filters"):

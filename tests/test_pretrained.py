@@ -1,0 +1,301 @@
+"""VGG11-BN: weights, freezing, features that are computed once, prediction, errors."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models import vgg11_bn
+
+import ex3_convnet
+import ex3_pretrained
+import utils
+from ex3_pretrained import VGG
+
+SHORT = ["--num_training=60", "--num_validation=20", "--batch_size=20", "--num_epochs=2",
+         "--precision=float32"]
+
+
+@pytest.fixture(scope="session")
+def weights():
+    """A state dict with random features, as torchvision's vgg11_bn has them."""
+    torch.manual_seed(1)
+    model = vgg11_bn().features
+    for layer in model:
+        if isinstance(layer, nn.BatchNorm2d):  # statistics that are not those of a new network
+            nn.init.uniform_(layer.running_mean, -0.1, 0.1)
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+    return {f"features.{name}": value for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def weights_file(weights, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(weights, path)
+    return path
+
+
+@pytest.fixture
+def few(monkeypatch, synthetic):
+    """Let the script load 60 training, 20 validation and 100 test images of the synthetic data."""
+    data = copy.copy(synthetic)
+    chosen = torch.cat([data.train[:60], data.val[:20], data.test[:100]])
+    data.images, data.labels = data.images[chosen], data.labels[chosen]
+    data.train, data.val, data.test = torch.arange(180).split([60, 20, 100])
+    monkeypatch.setattr(utils, "load_data", lambda *_: data)
+
+
+def parse(*argv):
+    return utils.parse_flags(vars(ex3_pretrained), argv)
+
+
+# -------------------------------------------- network --------------------------------------------
+
+
+def test_model_sizes(capsys):
+    head = 512 * 256 + 256 + 2 * 256 + 256 * 10 + 10
+    for fine_tune, size in (True, 9_225_984 + head), (False, head):
+        model = VGG(fine_tune)
+        assert utils.count_parameters(model) == size
+        assert utils.count_parameters(model, trainable=False) == 9_225_984 + head
+        utils.print_summary(model, 32)
+        assert f"torchsummary counts {size:,} trainable" in capsys.readouterr().out
+
+
+def test_the_head():
+    assert [type(layer) for layer in VGG().head] == [
+        nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+
+
+@pytest.mark.parametrize("size", [32, 64, 80])
+def test_shapes(size):
+    assert VGG(num_classes=3).eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
+
+
+def test_features_are_torchvisions_flattened(weights):
+    model, reference = VGG().eval(), vgg11_bn().features.eval()
+    ex3_pretrained.load_features(model, weights, "test")
+    reference.load_state_dict({k.removeprefix("features."): v for k, v in weights.items()})
+    images = torch.rand(3, 3, 32, 32)
+    assert torch.equal(model.extract(images), reference(images).flatten(1))
+
+
+def test_the_new_layers_start_as_in_the_template():
+    torch.manual_seed(0)
+    scratch = ex3_pretrained.build(parse("--pretrained=False"), 10, 32)
+    assert scratch.head[0].weight.std().item() == pytest.approx(1e-3, rel=0.02)
+    assert scratch.head[3].bias.abs().max() == 0
+    pretrained = ex3_pretrained.build(parse(), 10, 32)
+    assert pretrained.head[0].weight.std().item() == pytest.approx(512**-0.5 / 3**0.5, rel=0.02)
+
+
+# -------------------------------------------- weights --------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_of_any_float_type_are_loaded(weights, tmp_path, dtype):
+    stored = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+    stored["classifier.0.weight"] = torch.zeros(3)  # the rest of a whole network is left alone
+    torch.save(stored, tmp_path / "w.pth")
+    model = VGG()
+    ex3_pretrained.load_features(model, ex3_pretrained.load_weights(tmp_path / "w.pth"), "w.pth")
+    for name, value in model.features.state_dict().items():
+        assert torch.equal(value, stored[f"features.{name}"].to(value.dtype))
+        assert value.dtype in (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda w: w.pop("features.8.weight"), "features.8.weight is missing"),
+    (lambda w: w.update({"features.28.bias": 3}), None),
+    (lambda w: w.update({"features.8.bias": torch.zeros(3)}), r"features.8.bias has the shape"),
+    (lambda w: w["features.25.weight"].view(-1)[7].fill_(torch.nan), "features.25.weight has val"),
+    (lambda w: w["features.1.running_var"][3].fill_(torch.inf), "features.1.running_var has val"),
+    (lambda w: w.clear(), "features.0.weight is missing")])
+def test_damaged_weights_are_named_and_nothing_is_loaded(weights, damage, words):
+    damaged = copy.deepcopy(weights)
+    damage(damaged)
+    model = VGG()
+    before = copy.deepcopy(model.state_dict())
+    if words is None:
+        ex3_pretrained.load_features(model, damaged, "w.pth")
+        return
+    with pytest.raises(utils.Problem, match=words):
+        ex3_pretrained.load_features(model, damaged, "w.pth")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_file_that_is_no_state_dict():
+    with pytest.raises(utils.Problem, match="w.pth holds no state dict"):
+        ex3_pretrained.load_features(VGG(), [1, 2], "w.pth")
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:1000], lambda b: b"", lambda b: b"nonsense"])
+def test_a_corrupt_file_is_named(project, weights_file, damage):
+    path = project.folder / "corrupt.pth"
+    path.write_bytes(damage(weights_file.read_bytes()))
+    with pytest.raises(utils.Problem, match="corrupt.pth"):
+        ex3_pretrained.load_weights(path)
+
+
+def test_without_network_one_sentence_names_the_ways_on(project):
+    result = project("ex3_pretrained.py", "--dataset=synthetic", TORCH_HOME=str(project.folder),
+                     https_proxy="http://127.0.0.1:9", no_proxy="")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    for word in ("vgg11_bn-6002323d.pth", str(project.folder / "hub/checkpoints"),
+                 "--pretrained=PATH", "--pretrained=False"):
+        assert word in result.stderr
+
+
+def test_an_altered_file_in_torchvisions_cache_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub/checkpoints/vgg11_bn-6002323d.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half a file")
+    with pytest.raises(utils.Problem, match="6002323d.pth is truncated or altered"):
+        ex3_pretrained.load_weights(True)
+
+
+def test_frozen_random_features_are_refused(project):
+    result = project("ex3_pretrained.py", "--pretrained=False", "--fine_tune=False")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "random features" in result.stderr
+
+
+# -------------------------------------------- freezing --------------------------------------------
+
+
+def trained(folder, weights_file, *flags):
+    """The record, and the state dict of the best model, of a short run on synthetic data."""
+    record = ex3_pretrained.main(["--dataset=synthetic", f"--pretrained={weights_file}", *SHORT,
+                                  *flags])
+    name = ex3_pretrained.experiment_name(parse(f"--pretrained={weights_file}", *flags))
+    return record, utils.load_checkpoint(folder / f"latest_model_{name}.ckpt")["model"]
+
+
+@pytest.mark.parametrize("augmentation", ["horizontal_flip", "rotation"])  # once, and plain
+def test_frozen_features_stay_bit_identical(folder, few, weights, weights_file, augmentation):
+    _, state = trained(folder, weights_file, "--fine_tune=False", f"--augmentation={augmentation}")
+    for name, value in weights.items():
+        assert torch.equal(state[name], value), name
+    assert state["head.1.num_batches_tracked"] == 6  # while the head has learnt
+
+
+def test_batch_norm_of_the_frozen_part_drifts_if_asked(folder, few, weights, weights_file):
+    _, state = trained(folder, weights_file, "--fine_tune=False", "--frozen_norm=train")
+    for name, value in weights.items():
+        drifts = "running" in name or "num_batches" in name
+        assert torch.equal(state[name], value) != drifts, name
+
+
+def test_everything_is_fine_tuned(folder, few, weights, weights_file):
+    _, state = trained(folder, weights_file)
+    moved = [name for name, value in weights.items() if not torch.equal(state[name], value)]
+    assert moved == list(weights)
+
+
+@pytest.mark.parametrize(("flags", "count"), [(["--fine_tune=False"], 6), ([], 6 + 32)])
+def test_the_optimizer_holds_what_learns(folder, few, weights_file, monkeypatch, flags, count):
+    held = []
+    fit = utils.fit
+
+    def watch(model, data, optimizer, *arguments, **settings):
+        held.extend(optimizer.param_groups[0]["params"])
+        return fit(model, data, optimizer, *arguments, **settings)
+
+    monkeypatch.setattr(utils, "fit", watch)
+    trained(folder, weights_file, "--num_epochs=1", *flags)
+    assert len(held) == count
+    assert all(parameter.requires_grad for parameter in held)
+
+
+@pytest.mark.parametrize("augmentation", ["horizontal_flip", "none"])
+def test_features_computed_once_give_the_same_result(
+        folder, few, weights_file, monkeypatch, augmentation):
+    flags = "--fine_tune=False", f"--augmentation={augmentation}"
+    once, once_state = trained(folder, weights_file, *flags)
+    monkeypatch.setattr(ex3_pretrained, "extract_features", lambda model, data, *_: data)
+    plain, plain_state = trained(folder, weights_file, *flags)
+    assert once["result"] == pytest.approx(plain["result"], abs=1e-6)
+    for key, values in plain["history"].items():
+        if key != "seconds":
+            assert once["history"][key] == pytest.approx(values, rel=1e-3), key
+    for name, value in plain_state.items():
+        assert torch.allclose(once_state[name].float(), value.float(), atol=1e-3), name
+
+
+def test_the_mirrored_features_are_those_of_the_mirrored_image(synthetic, weights):
+    data = copy.copy(synthetic)
+    data.images, data.labels = data.images[:50], data.labels[:50]
+    model = VGG(fine_tune=False)
+    ex3_pretrained.load_features(model, weights, "test")
+    features = ex3_pretrained.extract_features(model, data, torch.float32, mirror=True)
+    indices = torch.arange(50)
+    flipped = model.extract(data.batch(indices, lambda images: images.flip(3))[0])
+    both = (utils.make_augment("horizontal_flip", torch.Generator().manual_seed(4)),
+            torch.rand(50, generator=torch.Generator().manual_seed(4)) < 0.5)
+    batch, labels = features.batch(indices, both[0])
+    plain = model.extract(data.batch(indices)[0])
+    assert torch.allclose(batch, torch.where(both[1][:, None], flipped, plain), atol=1e-4)
+    assert torch.allclose(features.batch(indices)[0], plain, atol=1e-4)
+    assert not torch.allclose(flipped, plain, atol=1e-2)
+    assert torch.equal(labels, data.labels)
+
+
+# ------------------------------------ results and prediction ------------------------------------
+
+
+def test_each_variant_has_its_checkpoint_and_figure(folder, few, weights_file, capsys):
+    for flags, part, figure in ((["--fine_tune=False"], "4a", 8), ([], "4b_1", 9),
+                                (["--pretrained=False"], "4b_2", 10)):
+        ex3_pretrained.main(["--dataset=synthetic", f"--pretrained={weights_file}", *SHORT,
+                             "--num_epochs=1", *flags])
+        assert (folder / f"best_model_part_{part}.ckpt").exists()
+        path = folder / f"figures/synthetic/figure_{figure}_part_{part}_learning_curves.png"
+        assert path.exists()
+    output = capsys.readouterr().out
+    assert "Parameters that learn: head.0.weight head.0.bias head.1.weight" in output
+    assert "Parameters that learn: features.0.weight" in output
+    assert "134,410 trainable parameters, 9,360,394 in all" in output
+    records = list((folder / "figures/synthetic/records").iterdir())
+    assert len(records) == 3
+    assert not any(str(weights_file.parent) in record.read_text() for record in records)
+
+
+@pytest.mark.parametrize(("script", "flags"), [
+    (ex3_pretrained, ["--pretrained=False", "--image_size=64", "--num_epochs=8"]),
+    (ex3_convnet, ["--norm_flag", "--earlystop", "--num_epochs=8", "--learning_rate=1e-4"])])
+def test_a_trained_model_classifies_a_persons_photos(
+        folder, image_folder, capsys, script, flags):
+    for path in image_folder.rglob("*.png"):  # cats are red, dogs are blue
+        colour = (200, 30, 30) if path.parent.name == "cat" else (30, 30, 200)
+        Image.fromarray(np.full((50, 70, 3), colour, np.uint8)).save(path)
+    script.main([f"--dataset={image_folder}", *flags, "--num_validation=4", "--batch_size=2"])
+    capsys.readouterr()
+    cat, dog = image_folder / "test/cat/000.png", image_folder / "test/dog"
+    script.main([*flags, f"--predict={cat}", str(dog)])
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert "trained on photos" in title
+    assert [line.split(": ")[0] for line in lines] == [str(cat), f"{dog}/001.png", f"{dog}/003.png"]
+    assert [line.split(": ")[1].split()[0] for line in lines] == ["cat", "dog", "dog"]
+    assert all(50 <= float(line.split()[-1].rstrip("%")) <= 100 for line in lines)
+
+
+@pytest.mark.parametrize("script", [ex3_convnet, ex3_pretrained])
+def test_prediction_needs_a_trained_model_and_an_image(folder, script, image_folder):
+    image = str(image_folder / "test/cat/000.png")
+    with pytest.raises(utils.Problem, match="does not exist: train"):
+        script.main(["--predict", image])
+    name = script.experiment_name(utils.parse_flags(vars(script), []))
+    kind = "best" if script.earlystop else "latest"
+    path = folder / f"{kind}_model_{name}.ckpt"
+    for content in ({}, {"image_size": 32, "classes": ["a"], "flags": {}, "model": {}}):
+        torch.save(content, path)
+        with pytest.raises(utils.Problem, match="is not a checkpoint of this script"):
+            script.main(["--predict", image])
+    (folder / "empty").mkdir()
+    with pytest.raises(utils.Problem, match="there is no image in"):
+        utils.list_images([folder / "empty"])
