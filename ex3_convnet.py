@@ -5,6 +5,8 @@ Edit the flags below, or give them on the command line:
     python ex3_convnet.py --norm_flag --dropout=0.3 --num_epochs=5
 """
 
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -35,8 +37,53 @@ dataset: str = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ 
 image_size: int = 32  # images are resized to so many pixels a side
 device: str = "auto"  # cpu, cuda or cuda:N; auto: CUDA where there is one
 precision: str = "auto"  # float32 or bfloat16; auto: bfloat16 where it is fast
+question: str = "none"  # run all of a question of the report: 1, 2a, 2b, 3a, 3b, or all
+seeds: str = "1"  # repeat each run with so many seeds: seed, seed + 1, ...; or a list: 0,5,7
+rerun: bool = False  # in a question, run again what is recorded already
+redraw: bool = False  # only draw the figures and tables again, from the records
 show: bool = False  # open a window for each figure, after saving it
 predict: list = []  # images or folders: classify them with the trained model, without training
+
+TECHNIQUES = ("vertical_flip", "horizontal_flip", "rotation", "resize_crop", "translation",
+              "color_jitter", "greyscale", "scaling")
+RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+QUESTIONS = {  # question: its runs, each with the flags that differ from those above
+    "1": {"without batch norm": {}},
+    "2a": {"without batch norm": {}, "with batch norm": {"norm_flag": True}},
+    "2b": {"without batch norm": {"earlystop": True, "num_epochs": 50},
+           "with batch norm": {"norm_flag": True, "earlystop": True, "num_epochs": 50}},
+    "3a": {"no augmentation": {"norm_flag": True},
+           **{name: {"norm_flag": True, "augmentation": name} for name in TECHNIQUES}},
+    "3b": {f"dropout {rate}": {"norm_flag": True, "dropout": rate} for rate in RATES},
+}
+
+CLEAN, AUGMENTED = "Validation accuracy", "Augmented validation accuracy"
+REPORT = {  # question: run: what the report's table states, accuracies in %
+    "2a": {"without batch norm": {"Train accuracy": 92.7, "Validation accuracy": 80.1,
+                                  "Model size": 7_678_474, "Test accuracy": 79.9,
+                                  "Test accuracy, first 1,000": 79.9},
+           "with batch norm": {"Train accuracy": 98.1, "Validation accuracy": 82.9,
+                               "Model size": 7_682_826, "Test accuracy": 81.9,
+                               "Test accuracy, first 1,000": 81.9}},
+    "2b": {"without batch norm": {"Early stop checkpoint": 23,
+                                  "Best model validation accuracy": 81.5,
+                                  "Latest model validation accuracy": 79.6,
+                                  "Best model train accuracy": 97.0,
+                                  "Latest model train accuracy": 99.6},
+           "with batch norm": {"Early stop checkpoint": 20,
+                               "Best model validation accuracy": 84.9,
+                               "Latest model validation accuracy": 81.8,
+                               "Best model train accuracy": 98.2,
+                               "Latest model train accuracy": 99.0}},
+    "3a": {"no augmentation": {CLEAN: None, AUGMENTED: None},
+           **{name: {CLEAN: number, AUGMENTED: number} for name, number in zip(
+               TECHNIQUES, (79.3, 84.9, 75.9, 78.9, 77.1, 78.8, 80.0, 76.7))}},
+    "3b": {f"dropout {rate}": {"Train accuracy": train, "Validation accuracy": val}
+           for rate, train, val in zip(
+               RATES, (93.1, 89.4, 85.7, 82.3, 79.1, 74.9, 69.1, 58.7, 37.0),
+               (83.8, 85.8, 85.9, 82.1, 82.1, 74.5, 66.0, 42.3, 10.3))},
+}
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # normalization: pixels 0..1 become -1..1
 CHANNELS = (128, 512, 512, 512, 512)
@@ -96,8 +143,8 @@ def plot_filters(record, path, show=False):
         axis.imshow(tiles.reshape(8, 16, 20, 20, 3).swapaxes(1, 2).reshape(160, 320, 3))
         axis.set_title(f"{when}: standard deviation {filters.std():.3f}", fontsize=11)
         axis.axis("off")
-    figure.suptitle(f"{record['title']} on {record['data']}: the 128 filters of the first "
-                    f"convolution (grey: 0, full colour: ±{most:.2f}, seed {record['seed']})")
+    figure.suptitle(f"{record['title']}: the 128 filters of the first convolution, grey 0, full "
+                    f"colour ±{most:.2f} ({utils.caption([record])})", fontsize=11)
     utils.save_figure(figure, path, show)
 
 
@@ -111,31 +158,136 @@ def build(flags, num_classes, image_size):
     return ConvNet(flags.norm_flag, flags.dropout, num_classes, image_size)
 
 
-def run(flags, data, dtype):
-    """One experiment: a new network, trained, tested, recorded and drawn. Returns the record."""
+def train(flags, data, dtype):
+    """One experiment: a new network, trained and tested. Returns the record."""
     torch.manual_seed(flags.seed)
     model = build(flags, len(data.classes), flags.image_size)
-    utils.print_summary(model, flags.image_size)
+    utils.print_summary(model, flags.image_size, table=flags.question in ("none", "1"))
     before = first_filters(model)
-    name = experiment_name(flags)
-    record = utils.run_experiment(describe(flags), name, model, data, flags, dtype)
-    record["filters"] = {"before": before, "after": first_filters(model)}
-    utils.save_record(record)
-    folder = utils.results_folder(record)
-    utils.plot_learning_curves(record, folder / f"{name}_learning_curves.png", flags.show)
-    plot_filters(record, folder / f"{name}_filters.png", flags.show)
-    return record
+    record = utils.run_experiment(
+        describe(flags), experiment_name(flags), model, data, flags, dtype)
+    return {**record, "filters": {"before": before, "after": first_filters(model)}}
+
+
+def draw(question, records, flags, data):
+    """The figures and tables of a question (or of one experiment: "none") from its records.
+
+    records: {run: the records of its seeds}; data: for the picture of the techniques, or None.
+    """
+    folder, first = utils.results_folder(flags), next(iter(records.values()))
+    if question == "none":
+        name = experiment_name(flags)
+        plot_filters(first[0], folder / f"{name}_filters.png", flags.show)
+        utils.plot_learning_curves(first, describe(flags), folder / f"{name}_learning_curves.png",
+                                   flags.show)
+    elif question == "1":
+        plot_filters(first[0], folder / "figure_1_2_filters.png", flags.show)
+    elif question == "2a":
+        for number, (run, runs) in enumerate(records.items(), start=3):
+            utils.plot_learning_curves(runs, f"ConvNet {run}", folder / f"figure_{number}.png",
+                                       flags.show)
+        utils.write_table("Table 1", records, REPORT["2a"], folder / "table_1.md")
+    elif question == "2b":
+        plot_early_stopping(records, folder / "figure_5.png", flags.show)
+        utils.write_table(f"Table 2 (patience {flags.patience})", records, REPORT["2b"],
+                          folder / "table_2.md")
+    elif question == "3a":
+        plot_techniques(records, folder / "figure_6.png", flags.show)
+        if data:
+            plot_augmented_images(data, folder / "figure_6_techniques.png", flags.show)
+        utils.write_table("Table 3", records, REPORT["3a"], folder / "table_3.md")
+    elif question == "3b":
+        plot_dropout(records, folder / "figure_7.png", flags.show)
+        utils.write_table("Table 4", records, REPORT["3b"], folder / "table_4.md")
+
+
+def plot_early_stopping(records, path, show=False):
+    """Figure 5: accuracy curves with the best epoch and the stop marked."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    for axis, (run, runs) in zip(axes, records.items()):
+        utils.draw_curves(axis, runs, "accuracy")
+        stops = [len(record["history"]["val_accuracy"]) for record in runs]
+        for i, stop in enumerate(sorted(set(stops))):
+            axis.axvline(stop, color="black", linewidth=1,
+                         label=None if i else f"stop: epoch {', '.join(map(str, stops))}")
+        axis.set_title(run)
+        axis.legend(loc="lower right")
+    figure.suptitle(f"ConvNet with early stopping ({utils.caption(sum(records.values(), []))})")
+    utils.save_figure(figure, path, show)
+
+
+def plot_techniques(records, path, show=False):
+    """Figure 6: the learning curves of each augmentation technique, with its best accuracy."""
+    figure, axes = plt.subplots(3, 3, figsize=(10, 8), sharex=True, sharey=True,
+                                layout="constrained")
+    for axis, (run, runs) in zip(axes.flat, records.items()):
+        utils.draw_curves(axis, runs, "accuracy", ("train", "val", "augmented"))
+        best = 100 * np.mean([max(record["history"]["val_accuracy"]) for record in runs])
+        error = utils.standard_error(best, runs[0]["images"]["val"])
+        axis.set_title(f"{run}: best {best:.1f} ± {error:.1f} %", fontsize=10)
+        axis.label_outer()
+    figure.legend(*axes.flat[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle("Accuracy with each augmentation technique (best clean validation accuracy ± "
+                    f"its standard error)\n{utils.caption(sum(records.values(), []))}", fontsize=11)
+    utils.save_figure(figure, path, show)
+
+
+def plot_augmented_images(data, path, show=False, count=10):
+    """What each technique does: the same few training images, each with its own draw."""
+    generator = torch.Generator(data.images.device).manual_seed(0)
+    images = data.images[data.train[:count]].float() / 255
+    figure, axes = plt.subplots(1 + len(TECHNIQUES), 1, figsize=(count * 0.8, 7.6),
+                                layout="constrained")
+    for axis, name in zip(axes, ("original", *TECHNIQUES)):
+        shown = images if name == "original" else utils.AUGMENTATIONS[name](images, generator)
+        axis.imshow(np.hstack(shown.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()))
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+    figure.suptitle(f"The augmentation techniques ({data.name})")
+    utils.save_figure(figure, path, show)
+
+
+def plot_dropout(records, path, show=False):
+    """Figure 7: train and validation accuracy over the dropout, and the learning curves."""
+    figure = plt.figure(figsize=(12, 5.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
+    axis = left.subplots()
+    rates = [runs[0]["flags"]["dropout"] for runs in records.values()]
+    for key, style in ("train_accuracy", utils.TRAIN), ("val_accuracy", utils.VALIDATION):
+        values = [[100 * record["result"][key] for record in runs] for runs in records.values()]
+        means = np.array([np.mean(v) for v in values])
+        errors = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
+        if max(map(len, values)) == 1 and key == "val_accuracy":
+            errors = utils.standard_error(means, next(iter(records.values()))[0]["images"]["val"])
+        axis.errorbar(rates, means, errors, capsize=3, **style)
+    axis.set(xlabel="dropout", ylabel="accuracy (%)", ylim=(0, 100), xticks=rates)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    panels = right.subplots(3, 3, sharex=True, sharey=True)
+    for panel, (run, runs) in zip(panels.flat, records.items()):
+        utils.draw_curves(panel, runs, "accuracy")
+        panel.set_title(run, fontsize=10)
+        panel.label_outer()
+    left.suptitle("Accuracy of the last epoch; bars: standard deviation of the seeds,\n"
+                  "with one seed the standard error of the validation images", fontsize=9)
+    figure.suptitle(f"Dropout ({utils.caption(sum(records.values(), []))})")
+    utils.save_figure(figure, path, show)
 
 
 def main(argv=None):
-    """Run the experiment that the flags describe (argv: the command line; None: the real one)."""
+    """Run what the flags describe, an experiment or a question (argv: None: the command line's).
+
+    Returns {question: {run: the records of its seeds}}, "none" being the single experiment.
+    """
     flags = utils.parse_flags(globals(), argv)
+    plan = utils.plan(flags, QUESTIONS)
     device, dtype = utils.choose_device(flags.device, flags.precision)
     if flags.predict:
         return utils.predict(flags, experiment_name(flags), build, device, dtype)
-    data = utils.load_data(flags.dataset, flags.image_size, flags.num_training,
-                           flags.num_validation, MEAN, STD, device)
-    return run(flags, data, dtype)
+    data = None if flags.redraw else utils.load_data(
+        flags.dataset, flags.image_size, flags.num_training, flags.num_validation, MEAN, STD,
+        device)
+    return utils.run_plan(plan, data, partial(train, dtype=dtype), draw, describe)
 
 
 if __name__ == "__main__":

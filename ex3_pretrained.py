@@ -7,6 +7,7 @@ Edit the flags below, or give them on the command line:
     python ex3_pretrained.py --pretrained=False        # Model 2: train from scratch
 """
 
+import argparse
 import http.client
 import time
 from dataclasses import dataclass
@@ -43,8 +44,29 @@ dataset: str = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ 
 image_size: int = 32  # images are resized to so many pixels a side
 device: str = "auto"  # cpu, cuda or cuda:N; auto: CUDA where there is one
 precision: str = "auto"  # float32 or bfloat16; auto: bfloat16 where it is fast
+question: str = "none"  # run all of a question of the report: 4a, 4b, or all
+seeds: str = "1"  # repeat each run with so many seeds: seed, seed + 1, ...; or a list: 0,5,7
+rerun: bool = False  # in a question, run again what is recorded already
+redraw: bool = False  # only draw the figures and tables again, from the records
 show: bool = False  # open a window for each figure, after saving it
 predict: list = []  # images or folders: classify them with the trained model, without training
+
+QUESTIONS = {  # question: its runs, each with the flags that differ from those above
+    "4a": {"frozen": {"fine_tune": False},
+           "frozen, batch norm drifting": {"fine_tune": False, "frozen_norm": "train"}},
+    "4b": {"Model 1 (fine-tuned)": {}, "Model 2 (from scratch)": {"pretrained": False}},
+}
+
+TABLE_5 = {"Validation accuracy": 65.1, "Test accuracy": 61.6, "Test accuracy, first 1,000": 61.6}
+REPORT = {  # question: run: what the report's table states, accuracies in %
+    "4a": dict.fromkeys(QUESTIONS["4a"], TABLE_5),
+    "4b": {"Model 1 (fine-tuned)": {"Early stop checkpoint": 11, "Validation accuracy": 89.1,
+                                    "Train accuracy": 97.8, "Test accuracy": 88.6,
+                                    "Test accuracy, first 1,000": 88.6},
+           "Model 2 (from scratch)": {"Early stop checkpoint": 19, "Validation accuracy": 88.7,
+                                      "Train accuracy": 98.0, "Test accuracy": 84.4,
+                                      "Test accuracy, first 1,000": 84.4}},
+}
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # normalization: ImageNet's
 HIDDEN = 256
@@ -195,13 +217,6 @@ def experiment_name(flags):
     return part + f"_seed{flags.seed}" * (flags.seed > 0)
 
 
-def figure_number(flags):
-    """The figure of the report that shows these learning curves."""
-    if not flags.pretrained:
-        return 10
-    return 9 if flags.fine_tune else 8
-
-
 def build(flags, num_classes, image_size):
     """The network of the flags, with initial weights."""
     model = VGG(flags.fine_tune, flags.frozen_norm, num_classes)
@@ -210,38 +225,56 @@ def build(flags, num_classes, image_size):
     return model
 
 
-def run(flags, data, dtype, weights):
-    """One experiment: a new network, trained, tested, recorded and drawn. Returns the record."""
+def train(flags, data, dtype):
+    """One experiment: a new network, trained and tested. Returns the record."""
     torch.manual_seed(flags.seed)
     model = build(flags, len(data.classes), flags.image_size)
     if flags.pretrained:
-        load_features(model, weights, flags.pretrained)
-    print("Parameters that learn:", *(n for n, p in model.named_parameters() if p.requires_grad))
-    utils.print_summary(model, flags.image_size)
+        load_features(model, load_weights(flags.pretrained), flags.pretrained)
+    if flags.question == "none":
+        print("Parameters that learn:",
+              *(name for name, p in model.named_parameters() if p.requires_grad))
+    utils.print_summary(model, flags.image_size, table=flags.question == "none")
     if model.fixed and flags.augmentation in ("none", "horizontal_flip"):
         data = extract_features(model, data, dtype, flags.augmentation == "horizontal_flip")
-    name = experiment_name(flags)
-    record = utils.run_experiment(describe(flags), name, model, data, flags, dtype)
-    utils.save_record(record)
-    folder = utils.results_folder(record)
-    path = folder / f"figure_{figure_number(flags)}_{name}_learning_curves.png"
-    utils.plot_learning_curves(record, path, flags.show)
-    return record
+    return utils.run_experiment(describe(flags), experiment_name(flags), model, data, flags, dtype)
+
+
+def draw(question, records, flags, data):
+    """The figures and tables of a question (or of one experiment: "none") from its records.
+
+    records: {run: the records of its seeds}; data: not needed here.
+    """
+    folder = utils.results_folder(flags)
+    for runs in records.values():
+        run = argparse.Namespace(**{**runs[0]["flags"], "seed": flags.seed})
+        number = 10 if not run.pretrained else 9 if run.fine_tune else 8
+        utils.plot_learning_curves(runs, describe(run), folder / (
+            f"figure_{number}_{experiment_name(run)}.png"), flags.show)
+    number = {"4a": 5, "4b": 6}.get(question)
+    if number:
+        utils.write_table(f"Table {number}", records, REPORT[question],
+                          folder / f"table_{number}.md", "We measure in eval mode on clean images; "
+                          "the report probably on flipped images with the batch's statistics.")
 
 
 def main(argv=None):
-    """Run the experiment that the flags describe (argv: the command line; None: the real one)."""
+    """Run what the flags describe, an experiment or a question (argv: None: the command line's).
+
+    Returns {question: {run: the records of its seeds}}, "none" being the single experiment.
+    """
     flags = utils.parse_flags(globals(), argv)
-    if not (flags.pretrained or flags.fine_tune):
+    plan = utils.plan(flags, QUESTIONS)
+    if not all(run.pretrained or run.fine_tune for runs in plan.values() for run in runs.values()):
         raise utils.Problem("--pretrained=False with --fine_tune=False would freeze random "
                             "features: leave one of them True", status=2)
     device, dtype = utils.choose_device(flags.device, flags.precision)
     if flags.predict:
         return utils.predict(flags, experiment_name(flags), build, device, dtype)
-    weights = load_weights(flags.pretrained) if flags.pretrained else None
-    data = utils.load_data(flags.dataset, flags.image_size, flags.num_training,
-                           flags.num_validation, MEAN, STD, device)
-    return run(flags, data, dtype, weights)
+    data = None if flags.redraw else utils.load_data(
+        flags.dataset, flags.image_size, flags.num_training, flags.num_validation, MEAN, STD,
+        device)
+    return utils.run_plan(plan, data, partial(train, dtype=dtype), draw, describe)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,8 @@ LIMITS = {  # flag: which values are possible, and the same in words
     "device": (lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value), "auto, cpu or cuda[:N]"),
     "precision": (lambda value: value in ("auto", "float32", "bfloat16"),
                   "auto, float32 or bfloat16"),
+    "seeds": (lambda value: re.fullmatch(r"[1-9]\d{0,3}|\d{1,9}(,\d{1,9})+", value),
+              "a number of seeds such as 3, or a list such as 0,5,7"),
     "image_size": (lambda value: 32 <= value <= 1024, "32 to 1024"),
 }
 
@@ -111,14 +113,14 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')} (--help lists the flags)\n")
 
-    def parse_args(self, argv=None):
+    def parse_args(self, argv=None, namespace=None):
         argv = sys.argv[1:] if argv is None else argv
         lists = tuple(f"{name}=" for name, action in self._option_string_actions.items()
                       if action.nargs == "+")
         # argparse takes more than one value after "--name", but not after "--name="
         argv = [part for text in argv
                 for part in (text.split("=", 1) if text.startswith(lists) else [text])]
-        flags, unknown = self.parse_known_args(argv)
+        flags, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             name = unknown[0].split("=")[0]
             near = difflib.get_close_matches(name, self._option_string_actions, n=1)
@@ -133,7 +135,8 @@ def parse_flags(script, argv=None):
     of its source, grouped by headings `# --- group ---`: --help is made of them, so the comment
     stands once, and the value is the default, as the user last edited it.
     argv: the command line without the program's name; None: the real one.
-    Returns an argparse.Namespace. A wrong flag or value ends the process with code 2.
+    Returns an argparse.Namespace of the flags, and in `given` the names of those on the command
+    line. A wrong flag or value ends the process with code 2.
     """
     path = Path(script["__file__"])
     group = parser = FlagParser(
@@ -152,17 +155,57 @@ def parse_flags(script, argv=None):
                 options = {"nargs": "+", "default": script[name]}
             group.add_argument(f"--{name}", metavar=types.upper().replace(" | ", "|"), **options,
                                help=f"{comment or ''} (default: {script[name]})".replace("%", "%%"))
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    untouched = argparse.Namespace(**dict.fromkeys(vars(flags), parser))  # argparse leaves it so
+    flags.given = {name for name, value in vars(parser.parse_args(argv, untouched)).items()
+                   if value is not parser}
+    return flags
 
 
-# flags that say where and how fast to run, not what: two runs that differ in them are the same run
-ENVIRONMENT = ("dataset", "device", "show", "predict")
+# what says where, how often or how fast to run: two runs that differ in it only are the same run
+ENVIRONMENT = ("dataset", "device", "show", "predict", "question", "seeds", "rerun", "redraw",
+               "given")
 
 
 def public_flags(flags):
-    """The flags as a dict for records and checkpoints: of a path, only the last part."""
+    """The flags of one run as a dict, for records and checkpoints: of a path, only its end."""
     return {name: Path(value).name if isinstance(value, str) else value
-            for name, value in vars(flags).items() if name != "predict"}
+            for name, value in vars(flags).items() if name == "dataset" or name not in ENVIRONMENT}
+
+
+def plan(flags, questions):
+    """What is to be run: {question: {run: flags}}; a single experiment is the question "none".
+
+    questions: {question: {run: the flags that differ}}. A flag that was given on the command line
+    counts for all runs of a question, but where it is what the runs differ in, only for those that
+    do not set it. Raises Problem (status 2) if that is none, or the question is unknown.
+    """
+    if flags.question == "none":
+        return {"none": {"": flags}}
+    if flags.question not in ("all", *questions):
+        raise Problem(f"--question={flags.question} is not possible, it has to be "
+                      f"{', '.join(questions)} or all", status=2)
+    chosen = questions if flags.question == "all" else {flags.question: questions[flags.question]}
+    plans = {}
+    for question, runs in chosen.items():
+        common = set.intersection(*(set(changes.items()) for changes in runs.values()))
+        always = set.intersection(*(set(changes) for changes in runs.values()))
+        if clash := flags.given & (always - {name for name, _ in common}):
+            raise Problem(f"--{clash.pop()} is what the runs of question {question} differ in: "
+                          "leave it out, or run one experiment without --question", status=2)
+        plans[question] = {}
+        for run, changes in runs.items():
+            own = {name: value for name, value in changes.items()
+                   if name not in flags.given or (name, value) not in common}
+            plans[question][run] = argparse.Namespace(**{**vars(flags), **own})
+    return plans
+
+
+def each_seed(flags):
+    """The flags of a run, once for each seed of --seeds: a number of them, or a list."""
+    seeds = ([int(seed) for seed in flags.seeds.split(",")] if "," in flags.seeds else
+             range(flags.seed, flags.seed + int(flags.seeds)))
+    return [argparse.Namespace(**{**vars(flags), "seed": seed}) for seed in seeds]
 
 
 def parse_value(name, types, text):
@@ -228,13 +271,13 @@ def load_data(dataset, image_size, num_training, num_validation, mean, std, devi
     num_training train (None: all the others), in the data set's own order.
     mean, std: three numbers each. Raises Problem, with status 2 if the split is impossible.
     """
+    name = data_name(dataset)
     if dataset == "cifar10":
-        name, source = "CIFAR-10", load_cifar10(FOLDER / "datasets")
+        classes, images, labels, num_test = load_cifar10(FOLDER / "datasets")
     elif dataset == "synthetic":
-        name, source = "synthetic", draw_synthetic()
+        classes, images, labels, num_test = draw_synthetic()
     else:
-        name, source = Path(dataset).resolve().name, load_image_folder(dataset, image_size)
-    classes, images, labels, num_test = source
+        classes, images, labels, num_test = load_image_folder(dataset, image_size)
 
     fingerprint = hashlib.sha256(images)
     fingerprint.update(labels)
@@ -265,6 +308,11 @@ def load_data(dataset, image_size, num_training, num_validation, mean, std, devi
               "the last training images in the order of their file names validate, so give the "
               "files names in random order", file=sys.stderr)
     return data
+
+
+def data_name(dataset):
+    """What stands beside every number measured on a data set: of a folder, its own name."""
+    return "CIFAR-10" if dataset == "cifar10" else Path(dataset).resolve().name
 
 
 # --------------------------------------- CIFAR-10 ---------------------------------------
@@ -666,19 +714,20 @@ def count_parameters(model, trainable=True):
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def print_summary(model, image_size):
-    """Print torchsummary's table, and the model size counted from the parameters beside its count.
+def print_summary(model, image_size, table=True):
+    """Print the model size, counted from the parameters and by torchsummary, and its table.
 
     torchsummary runs the network on random numbers, so it gets a copy in eval mode on the CPU and
     a random state of its own: neither the model nor the run behind it notices.
     """
     from torchsummary import summary
 
-    table = io.StringIO()
-    with torch.random.fork_rng(), contextlib.redirect_stdout(table):
+    output = io.StringIO()
+    with torch.random.fork_rng(), contextlib.redirect_stdout(output):
         summary(copy.deepcopy(model).cpu().eval(), (3, image_size, image_size), device="cpu")
-    print(table.getvalue())
-    counted = re.search(r"^Trainable params: ([\d,]+)", table.getvalue(), re.MULTILINE)[1]
+    if table:
+        print(output.getvalue())
+    counted = re.search(r"^Trainable params: ([\d,]+)", output.getvalue(), re.MULTILINE)[1]
     print(f"Model size: {count_parameters(model):,} trainable parameters, "
           f"{count_parameters(model, trainable=False):,} in all "
           f"(torchsummary counts {counted} trainable)\n")
@@ -1020,19 +1069,96 @@ def slug(text):
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
-def results_folder(record):
-    """Where the figures and records of this data set are, so that none replaces another's."""
-    return FOLDER / "figures" / slug(record["data"])
+def results_folder(flags):
+    """Where the figures, tables and records of these images are: figures/<data>[-<how many>]."""
+    reduced = f" {flags.num_training}" if flags.num_training else ""
+    return FOLDER / "figures" / slug(data_name(flags.dataset) + reduced)
 
 
-def save_record(record):
+def run_identity(flags):
+    """What two runs have in common that differ in the seed only: all flags that matter, as JSON."""
+    return json.dumps({name: value for name, value in flags.items()
+                       if name not in (*ENVIRONMENT, "seed")}, sort_keys=True)
+
+
+def save_record(record, folder):
     """Write the record of a finished run as JSON; its name tells runs with other flags apart."""
-    flags = {key: value for key, value in record["flags"].items() if key not in ENVIRONMENT}
-    identity = json.dumps([record["fingerprint"], flags], sort_keys=True)
-    name = f"{slug(record['title'])}_{hashlib.sha256(identity.encode()).hexdigest()[:8]}.json"
+    identity = record["fingerprint"] + run_identity(record["flags"])
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    path = folder / "records" / f"{slug(record['title'])}_{digest}_seed{record['seed']}.json"
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
-    with replacing(results_folder(record) / "records" / name) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def load_records(folder):
+    """All records in a folder. Raises Problem for a file that is none."""
+    records = []
+    for path in sorted((folder / "records").glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            run_identity(record["flags"]), record["result"], record["history"], record["seed"]
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise Problem(f"{path} is no record of a run ({problem!r}): delete it") from problem
+        records.append(record)
+    return records
+
+
+def find_records(flags, fingerprint):
+    """The records of a run, of any seed, in the order of the seeds.
+
+    fingerprint: of the data; None: the data of the latest run in the folder.
+    """
+    records = load_records(results_folder(flags))
+    if fingerprint is None and records:
+        fingerprint = max(records, key=lambda record: record["finished"])["fingerprint"]
+    identity = run_identity(public_flags(flags))
+    return sorted((record for record in records if record["fingerprint"] == fingerprint
+                   and run_identity(record["flags"]) == identity), key=lambda r: r["seed"])
+
+
+def run_missing(flags, title, data, train, done):
+    """Train and record a run, once for each seed.
+
+    In a question, what is recorded already is not trained again (unless flags.rerun).
+    train(flags, data) returns a record; done: a set of what this process has trained.
+    """
+    again = flags.rerun or flags.question == "none"
+    recorded = [record["seed"] for record in find_records(flags, data.fingerprint)]
+    for run in each_seed(flags):
+        key = (run_identity(public_flags(run)), run.seed)
+        if key in done or (run.seed in recorded and not again):
+            print(f"{title}, seed {run.seed}, on {data.name}: recorded already, not run again")
+        else:
+            save_record(train(run, data), results_folder(run))
+            done.add(key)
+
+
+def run_plan(plan, data, train, draw, describe):
+    """Run all that is planned and not recorded yet, question by question, and draw each.
+
+    plan: of plan(); data: None to draw from the records only; train(flags, data) returns a record;
+    draw(question, {run: records}, flags, data); describe(flags): a title.
+    Returns {question: {run: records}}. Raises Problem if there is no record to draw from.
+    """
+    done, results = set(), {}
+    for question, runs in plan.items():
+        for flags in runs.values():
+            if data:
+                run_missing(flags, describe(flags), data, train, done)
+        found = {run: find_records(flags, data and data.fingerprint)
+                 for run, flags in runs.items()}
+        if question == "none":  # this experiment alone, whatever other seeds are recorded
+            seeds = [run.seed for run in each_seed(flags)]
+            found = {"": [record for record in found[""] if record["seed"] in seeds]}
+        results[question] = {run: records for run, records in found.items() if records}
+        for run in found.keys() - results[question].keys():
+            print(f"Question {question}, {run}: no record with these flags", file=sys.stderr)
+        if not results[question]:
+            raise Problem(f"there is no record of question {question} with these flags in "
+                          f"{results_folder(flags) / 'records'}: run it without --redraw")
+        draw(question, results[question], flags, data)
+    return results
 
 
 # ============================================ figures ============================================
@@ -1040,6 +1166,8 @@ def save_record(record):
 TRAIN = {"color": "#1b3a5c", "linestyle": "-", "marker": "o", "markersize": 3, "label": "train"}
 VALIDATION = {"color": "#e08214", "linestyle": "--", "marker": "s", "markersize": 3,
               "label": "validation"}  # apart from TRAIN in greyscale, too
+AUGMENTED = {"color": "#7b3294", "linestyle": ":", "marker": "^", "markersize": 3,
+             "label": "validation, augmented"}
 
 
 def save_figure(figure, path, show=False):
@@ -1052,22 +1180,119 @@ def save_figure(figure, path, show=False):
     plt.close(figure)
 
 
-def plot_learning_curves(record, path, show=False):
-    """Loss and accuracy over the epochs, for the training and the validation images."""
-    history = record["history"]
-    epochs = range(1, len(history["train_loss"]) + 1)
+def caption(records):
+    """The data, training images and seeds behind a figure or a table."""
+    images = sorted({record["images"]["train"] for record in records})
+    seeds = sorted({record["seed"] for record in records})
+    return (f"{records[0]['data']}, {' or '.join(f'{n:,}' for n in images)} training images, "
+            + (f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"))
+
+
+def standard_error(accuracy, images):
+    """The standard error (in %) of an accuracy (in %) that was measured on so many images."""
+    return (accuracy * (100 - accuracy) / images) ** 0.5
+
+
+def draw_curves(axis, records, quantity, parts=("train", "val")):
+    """Curves of "loss" or "accuracy" over the epochs; with several seeds their mean ± deviation.
+
+    With early stopping the best epochs are marked, and curves end where the first seed stopped.
+    """
+    styles = {"train": TRAIN, "val": VALIDATION, "augmented": AUGMENTED}
+    top = 0
+    for part in parts:
+        key = f"val_{quantity}_augmented" if part == "augmented" else f"{part}_{quantity}"
+        runs = [record["history"][key] for record in records if key in record["history"]]
+        if not runs:
+            continue
+        length = min(map(len, runs))
+        values = np.array([run[:length] for run in runs]) * (100 if quantity == "accuracy" else 1)
+        epochs, mean, deviation = np.arange(1, length + 1), values.mean(0), values.std(0)
+        axis.plot(epochs, mean, **styles[part])
+        if len(runs) > 1:
+            axis.fill_between(epochs, mean - deviation, mean + deviation, alpha=0.25, linewidth=0,
+                              color=styles[part]["color"])
+        top = max(top, mean.max())
+    best = sorted({record["best_epoch"] for record in records if record["best_epoch"]})
+    for i, epoch in enumerate(best):
+        axis.axvline(epoch, color="grey", linestyle=":", linewidth=1.2, label=None if i else
+                     f"best model: epoch {', '.join(map(str, best))}")
+    axis.set(xlabel="epoch", ylim=(0, 100 if quantity == "accuracy" else 1.05 * top),
+             ylabel="accuracy (%)" if quantity == "accuracy" else quantity)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+
+
+def plot_learning_curves(records, title, path, show=False):
+    """Loss and accuracy over the epochs, for the training and the validation images.
+
+    records: one run with one or more seeds.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axis, quantity, factor, unit in zip(axes, ("loss", "accuracy"), (1, 100), ("", " (%)")):
-        for part, style in ("train", TRAIN), ("val", VALIDATION):
-            axis.plot(epochs, factor * np.array(history[f"{part}_{quantity}"]), **style)
-        top = 100 if unit else 1.05 * max(history["train_loss"] + history["val_loss"])
-        axis.set(xlabel="epoch", ylabel=quantity + unit, ylim=(0, top))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        if record["best_epoch"]:
-            axis.axvline(record["best_epoch"], color="grey", linestyle=":",
-                         label=f"best model: epoch {record['best_epoch']}")
+    for axis, quantity in zip(axes, ("loss", "accuracy")):
+        draw_curves(axis, records, quantity)
         axis.legend()
-    figure.suptitle(f"{record['title']} on {record['data']}: learning curves "
-                    f"(seed {record['seed']})")
+    figure.suptitle(f"{title}: learning curves ({caption(records)})")
     save_figure(figure, path, show)
+
+
+# ============================================ tables ============================================
+
+
+def of_epoch(record, key, epoch):
+    """A number of the history in %, of one epoch (from 1; 0: the last)."""
+    return 100 * record["history"][key][epoch - 1]
+
+
+QUANTITIES = {  # column of a table: its number in a record
+    "Train accuracy": lambda r: 100 * r["result"]["train_accuracy"],
+    "Validation accuracy": lambda r: 100 * r["result"]["val_accuracy"],
+    "Augmented validation accuracy": lambda r: of_epoch(
+        r, "val_accuracy_augmented" if "val_accuracy_augmented" in r["history"]
+        else "val_accuracy", r["result"]["epoch"]),
+    "Test accuracy": lambda r: 100 * r["result"]["test_accuracy"],
+    "Test accuracy, first 1,000": lambda r: 100 * r["result"]["test_accuracy_first_1000"],
+    "Model size": lambda r: r["parameters"]["trainable"],
+    "Early stop checkpoint": lambda r: r["best_epoch"],
+    "Best model validation accuracy": lambda r: 100 * r["result"]["val_accuracy"],
+    "Latest model validation accuracy": lambda r: of_epoch(r, "val_accuracy", 0),
+    "Best model train accuracy": lambda r: 100 * r["result"]["train_accuracy"],
+    "Latest model train accuracy": lambda r: of_epoch(r, "train_accuracy", 0),
+}
+
+
+def table_cell(values, report, digits):
+    """ "82.1 ± 0.3 (82.9, -0.8)": the mean and deviation of ours, the report's, the difference."""
+    mean = np.mean(values)
+    deviation = f" ± {np.std(values, ddof=1):,.{digits}f}" if len(values) > 1 else ""
+    compared = f" ({report:,}, {mean - report:+,.{digits}f})" if report is not None else ""
+    return f"{mean:,.{digits}f}{deviation}{compared}"
+
+
+def write_table(title, records, report, path, note=""):
+    """Print a table of the report with our numbers, and keep it as Markdown.
+
+    records: {run: records of its seeds}; report: {run: {a key of QUANTITIES: the report's number,
+    or None where it has none}}, whose order is that of the rows and columns.
+    """
+    columns = list(dict.fromkeys(column for cells in report.values() for column in cells))
+    lines = [f"| Run | {' | '.join(columns)} | Seeds |", "|---" * (len(columns) + 2) + "|"]
+    for run, cells in report.items():
+        found = records.get(run, [])
+        row = [table_cell([QUANTITIES[column](record) for record in found], cells.get(column),
+                          1 if "accuracy" in column else 0) if found else "not run"
+               for column in columns]
+        lines.append(f"| {run} | {' | '.join(row)} | {len(found)} |")
+    everything = [record for found in records.values() for record in found]
+    epochs = sorted({record["flags"]["num_epochs"] for record in everything})
+    images = everything[0]["images"]["val"]
+    error = standard_error(
+        np.mean([100 * record["result"]["val_accuracy"] for record in everything]), images)
+    heading = (f"**{title}** on {caption(everything)}, {' or '.join(map(str, epochs))} epochs "
+               "at most")
+    legend = ("Ours (the report's, the difference); accuracies in %. The standard error of a "
+              f"validation accuracy here is {error:.1f} points ({images:,} images). {note}").strip()
+    text = "\n".join([heading, "", *lines, "", legend, ""])
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"\n{text}\nTable: {path.relative_to(FOLDER)}\n")

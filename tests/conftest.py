@@ -1,5 +1,6 @@
 """What several tests use: the synthetic data, a folder of images, a copy of the project."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -23,6 +24,17 @@ HALF = (0.5, 0.5, 0.5)
 def synthetic():
     """The synthetic data set as the convnet gets it."""
     return utils.load_data("synthetic", 32, None, None, HALF, HALF, torch.device("cpu"))
+
+
+@pytest.fixture
+def few(monkeypatch, synthetic):
+    """Let a script load 60 training, 20 validation and 100 test images of the synthetic data."""
+    data = copy.copy(synthetic)
+    chosen = torch.cat([data.train[:60], data.val[:20], data.test[:100]])
+    data.images, data.labels = data.images[chosen], data.labels[chosen]
+    data.train, data.val, data.test = torch.arange(180).split([60, 20, 100])
+    monkeypatch.setattr(utils, "load_data", lambda *_: data)
+    return data
 
 
 @pytest.fixture

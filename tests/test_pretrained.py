@@ -37,16 +37,6 @@ def weights_file(weights, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def few(monkeypatch, synthetic):
-    """Let the script load 60 training, 20 validation and 100 test images of the synthetic data."""
-    data = copy.copy(synthetic)
-    chosen = torch.cat([data.train[:60], data.val[:20], data.test[:100]])
-    data.images, data.labels = data.images[chosen], data.labels[chosen]
-    data.train, data.val, data.test = torch.arange(180).split([60, 20, 100])
-    monkeypatch.setattr(utils, "load_data", lambda *_: data)
-
-
 def parse(*argv):
     return utils.parse_flags(vars(ex3_pretrained), argv)
 
@@ -170,8 +160,9 @@ def test_frozen_random_features_are_refused(project):
 
 def trained(folder, weights_file, *flags):
     """The record, and the state dict of the best model, of a short run on synthetic data."""
-    record = ex3_pretrained.main(["--dataset=synthetic", f"--pretrained={weights_file}", *SHORT,
-                                  *flags])
+    results = ex3_pretrained.main(["--dataset=synthetic", f"--pretrained={weights_file}", *SHORT,
+                                   *flags])
+    record = results["none"][""][0]
     name = ex3_pretrained.experiment_name(parse(f"--pretrained={weights_file}", *flags))
     return record, utils.load_checkpoint(folder / f"latest_model_{name}.ckpt")["model"]
 
@@ -254,13 +245,12 @@ def test_each_variant_has_its_checkpoint_and_figure(folder, few, weights_file, c
         ex3_pretrained.main(["--dataset=synthetic", f"--pretrained={weights_file}", *SHORT,
                              "--num_epochs=1", *flags])
         assert (folder / f"best_model_part_{part}.ckpt").exists()
-        path = folder / f"figures/synthetic/figure_{figure}_part_{part}_learning_curves.png"
-        assert path.exists()
+        assert (folder / f"figures/synthetic-60/figure_{figure}_part_{part}.png").exists()
     output = capsys.readouterr().out
     assert "Parameters that learn: head.0.weight head.0.bias head.1.weight" in output
     assert "Parameters that learn: features.0.weight" in output
     assert "134,410 trainable parameters, 9,360,394 in all" in output
-    records = list((folder / "figures/synthetic/records").iterdir())
+    records = list((folder / "figures/synthetic-60/records").iterdir())
     assert len(records) == 3
     assert not any(str(weights_file.parent) in record.read_text() for record in records)
 

@@ -1,0 +1,273 @@
+"""Questions: what is run, what is not run again, and that tables and figures show the records."""
+
+import json
+import re
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ex3_convnet
+import ex3_pretrained
+import utils
+
+TINY = ["--dataset=synthetic", "--num_training=60", "--num_validation=20", "--num_epochs=1",
+        "--batch_size=20"]
+
+
+@pytest.fixture
+def small(few, folder, monkeypatch):
+    """A small convnet on few images: a run takes a fraction of a second. Counts the trainings."""
+    monkeypatch.setattr(ex3_convnet, "CHANNELS", (128, 8, 8, 8, 8))
+    trained = []
+    run_experiment = utils.run_experiment
+
+    def count(title, name, model, data, flags, dtype):
+        trained.append((title, flags.seed))
+        return run_experiment(title, name, model, data, flags, dtype)
+
+    monkeypatch.setattr(utils, "run_experiment", count)
+    return trained
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    path = tmp_path / "weights.pth"
+    features = ex3_pretrained.VGG().features.state_dict()
+    torch.save({f"features.{name}": value for name, value in features.items()}, path)
+    return f"--pretrained={path}"
+
+
+def planned(script, *argv):
+    flags = utils.parse_flags(vars(script), argv)
+    return utils.plan(flags, script.QUESTIONS)
+
+
+def numbers(cell):
+    return [float(number.replace(",", "")) for number in re.findall(r"[+-]?[\d,]*\.?\d+", cell)]
+
+
+# ---------------------------------------------- plan ----------------------------------------------
+
+
+def test_the_questions_run_what_the_report_ran():
+    plan = planned(ex3_convnet, "--question=all")
+    assert {question: len(runs) for question, runs in plan.items()} == {
+        "1": 1, "2a": 2, "2b": 2, "3a": 9, "3b": 9}
+    assert [run.norm_flag for run in plan["2a"].values()] == [False, True]
+    assert all((run.num_epochs, run.patience, run.earlystop) == (50, 10, True)
+               for run in plan["2b"].values())
+    assert [run.augmentation for run in plan["3a"].values()] == ["none", *ex3_convnet.TECHNIQUES]
+    assert set(ex3_convnet.TECHNIQUES) == set(utils.AUGMENTATIONS)
+    assert [run.dropout for run in plan["3b"].values()] == [i / 10 for i in range(1, 10)]
+    assert all(run.norm_flag and run.num_epochs == 20 for q in ("3a", "3b")
+               for run in plan[q].values())
+    plan = planned(ex3_pretrained, "--question=all")
+    assert [run.frozen_norm for run in plan["4a"].values()] == ["eval", "train"]
+    assert not any(run.fine_tune for run in plan["4a"].values())
+    assert [run.pretrained for run in plan["4b"].values()] == [True, False]
+
+
+def test_a_given_flag_counts_for_all_runs():
+    plan = planned(ex3_convnet, "--question=2b", "--num_epochs=3", "--num_training=100")
+    assert {(run.num_epochs, run.num_training) for run in plan["2b"].values()} == {(3, 100)}
+    plan = planned(ex3_convnet, "--question=3b", "--norm_flag=False")
+    assert not any(run.norm_flag for run in plan["3b"].values())
+
+
+def test_a_given_flag_leaves_alone_the_run_that_differs_in_it():
+    plan = planned(ex3_pretrained, "--question=4b", "--pretrained=w.pth")
+    assert [run.pretrained for run in plan["4b"].values()] == ["w.pth", False]
+
+
+@pytest.mark.parametrize("argument", ["--dropout=0.3", "--question=9", "--question=4a"])
+def test_what_makes_no_sense_in_a_question_is_refused(argument):
+    with pytest.raises(utils.Problem) as problem:
+        planned(ex3_convnet, "--question=3b", argument)
+    assert problem.value.status == 2
+
+
+@pytest.mark.parametrize(("seed", "seeds", "expected"), [
+    (0, "3", [0, 1, 2]), (5, "2", [5, 6]), (0, "1", [0]), (0, "7,0,5", [7, 0, 5])])
+def test_seeds_are_a_number_or_a_list(seed, seeds, expected):
+    assert [run.seed for run in utils.each_seed(Namespace(seed=seed, seeds=seeds))] == expected
+
+
+# -------------------------------------------- records --------------------------------------------
+
+
+def test_runs_with_other_flags_seed_or_data_have_other_records(folder):
+    def save(fingerprint="a", **flags):
+        flags = {"seed": 0, "dropout": 0.1, "device": "cpu", **flags}
+        utils.save_record({"title": "ConvNet", "fingerprint": fingerprint, "flags": flags,
+                           "seed": flags["seed"]}, folder)
+        return len(list((folder / "records").iterdir()))
+
+    assert [save(), save(), save(device="cuda"), save(seed=1), save(dropout=0.2),
+            save(fingerprint="b")] == [1, 1, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"flags": 3}', "\0\1"])
+def test_a_damaged_record_is_named(folder, content):
+    (folder / "records").mkdir()
+    (folder / "records/convnet.json").write_text(content)
+    with pytest.raises(utils.Problem, match="convnet.json is no record"):
+        utils.load_records(folder)
+
+
+def test_what_is_recorded_is_not_run_again(small, capsys):
+    ex3_convnet.main([*TINY, "--question=2a"])
+    assert small == [("ConvNet", 0), ("ConvNet, batch norm", 0)]
+    ex3_convnet.main([*TINY, "--question=1"])  # shares its run with 2a
+    assert len(small) == 2
+    assert "ConvNet, seed 0, on synthetic: recorded already, not run again" in (
+        capsys.readouterr().out)
+    ex3_convnet.main([*TINY, "--question=1", "--reg=0.1"])
+    ex3_convnet.main([*TINY, "--question=1", "--seeds=2"])
+    assert small[2:] == [("ConvNet", 0), ("ConvNet", 1)]
+    ex3_convnet.main([*TINY, "--question=1", "--rerun"])
+    assert small[4:] == [("ConvNet", 0)]
+
+
+def test_an_interrupted_question_goes_on_where_it_was(small, monkeypatch):
+    run_experiment = utils.run_experiment
+
+    def interrupted(title, *arguments):
+        if "batch norm" in title:
+            raise KeyboardInterrupt
+        return run_experiment(title, *arguments)
+
+    monkeypatch.setattr(utils, "run_experiment", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ex3_convnet.main([*TINY, "--question=2a"])
+    monkeypatch.setattr(utils, "run_experiment", run_experiment)
+    ex3_convnet.main([*TINY, "--question=2a"])
+    assert small == [("ConvNet", 0), ("ConvNet, batch norm", 0)]
+
+
+def test_a_run_that_questions_share_is_run_once_even_by_rerun(small, monkeypatch):
+    questions = {name: ex3_convnet.QUESTIONS[name] for name in ("1", "2a")}
+    monkeypatch.setattr(ex3_convnet, "QUESTIONS", questions)
+    ex3_convnet.main([*TINY, "--question=1"])
+    ex3_convnet.main([*TINY, "--question=all", "--rerun"])
+    assert small[1:] == [("ConvNet", 0), ("ConvNet, batch norm", 0)]
+
+
+def test_a_single_experiment_is_run_again(small):
+    for _ in range(2):
+        ex3_convnet.main(TINY)
+    assert len(small) == 2
+
+
+# --------------------------------------- tables and figures ---------------------------------------
+
+
+def figures(folder):
+    return {path.name for path in (folder / "figures/synthetic-60").glob("figure_*.png")}
+
+
+def check_table(path, results, report):
+    """Each cell holds the mean over the records, the report's number, and their difference."""
+    header, _, *rows = [line.strip("|").split("|") for line in path.read_text().splitlines()
+                        if line.startswith("|")]
+    columns = [name.strip() for name in header][1:-1]
+    assert [row[0].strip() for row in rows] == list(report)
+    for row in rows:
+        records = results[row[0].strip()]
+        assert int(row[-1]) == len(records)
+        for column, cell in zip(columns, row[1:-1]):
+            ours = np.mean([expected(record, column) for record in records])
+            theirs = report[row[0].strip()][column]
+            assert numbers(cell)[0] == pytest.approx(ours, abs=0.051)
+            if theirs is not None:
+                inside = numbers(cell[cell.index("("):])
+                assert inside == [theirs, pytest.approx(ours - theirs, abs=0.051)]
+
+
+def expected(record, column):
+    """The number of a column, from the JSON of a record."""
+    history, epoch = record["history"], record["result"]["epoch"] - 1
+    if column == "Model size":
+        return record["parameters"]["trainable"]
+    if column == "Early stop checkpoint":
+        return 1 + history["val_accuracy"].index(max(history["val_accuracy"]))
+    if column.startswith("Test"):
+        return 100 * record["result"]["test_accuracy" + "_first_1000" * ("first" in column)]
+    if column.startswith("Augmented"):
+        return 100 * history.get("val_accuracy_augmented", history["val_accuracy"])[epoch]
+    key = "train_accuracy" if "rain" in column else "val_accuracy"
+    return 100 * history[key][-1 if column.startswith("Latest") else epoch]
+
+
+def read_back(folder, results):
+    """The records that were returned, as they are in the files."""
+    files = [json.loads(path.read_text())
+             for path in (folder / "figures/synthetic-60/records").iterdir()]
+    for runs in results.values():
+        for records in runs.values():
+            assert all(record in files for record in records)
+    return results
+
+
+def test_every_question_of_the_convnet(small, folder, capsys, monkeypatch):
+    results = read_back(folder, ex3_convnet.main([*TINY, "--question=all"]))
+    assert len(small) == 1 + 1 + 2 + 8 + 9  # of 23, one is shared by 1 and 2a, one by 2a and 3a
+    place, output = folder / "figures/synthetic-60", capsys.readouterr().out
+    for table, question in enumerate(("2a", "2b", "3a", "3b"), start=1):
+        text = (place / f"table_{table}.md").read_text()
+        check_table(place / f"table_{table}.md", results[question], ex3_convnet.REPORT[question])
+        assert "synthetic, 60 training images, seed 0, 1 epochs" in text
+        assert "standard error" in text
+        assert text in output
+    assert figures(folder) == {
+        "figure_1_2_filters.png", "figure_3.png", "figure_4.png", "figure_5.png", "figure_6.png",
+        "figure_6_techniques.png", "figure_7.png"}
+    for name in figures(folder):
+        with Image.open(place / name) as image:
+            assert len(image.convert("RGB").getcolors(2**24)) > 50
+
+    # all of it but the picture of the techniques can be drawn again from the records alone
+    before = {path.name: path.read_bytes() for path in place.glob("*.md")}
+    drawn = figures(folder) - {"figure_6_techniques.png"}
+    for path in [*place.glob("*.md"), *place.glob("*.png")]:
+        path.unlink()
+    for name in ("load_data", "run_experiment"):
+        monkeypatch.setattr(utils, name, None)
+    ex3_convnet.main([*TINY, "--question=all", "--redraw"])
+    assert {path.name: path.read_bytes() for path in place.glob("*.md")} == before
+    assert figures(folder) == drawn
+
+
+def test_every_question_of_the_pretrained_network(few, folder, pretrained):
+    results = read_back(folder, ex3_pretrained.main([*TINY, "--question=all", pretrained]))
+    for table, question in (5, "4a"), (6, "4b"):
+        path = folder / f"figures/synthetic-60/table_{table}.md"
+        check_table(path, results[question], ex3_pretrained.REPORT[question])
+        assert "eval mode on clean images" in path.read_text()
+    assert figures(folder) == {
+        "figure_8_part_4a.png", "figure_8_part_4a_frozen_norm_train.png",
+        "figure_9_part_4b_1.png", "figure_10_part_4b_2.png"}
+
+
+def test_several_seeds_show_mean_and_deviation(small, folder):
+    results = ex3_convnet.main([*TINY, "--question=2a", "--seeds=3"])
+    path = folder / "figures/synthetic-60/table_1.md"
+    check_table(path, results["2a"], ex3_convnet.REPORT["2a"])
+    accuracies = [100 * r["result"]["val_accuracy"] for r in results["2a"]["with batch norm"]]
+    assert f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f} (82.9" in path.read_text()
+    assert "3 seeds" in path.read_text()
+
+
+def test_redrawing_without_records_is_an_error(folder):
+    with pytest.raises(utils.Problem, match="there is no record of question 2a"):
+        ex3_convnet.main([*TINY, "--question=2a", "--redraw"])
+
+
+def test_a_table_tells_which_run_is_missing(small, folder, capsys):
+    ex3_convnet.main([*TINY, "--question=1"])
+    ex3_convnet.main([*TINY, "--question=2a", "--redraw"])
+    assert "| with batch norm | not run |" in (
+        folder / "figures/synthetic-60/table_1.md").read_text()
+    assert "with batch norm: no record" in capsys.readouterr().err
