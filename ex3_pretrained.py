@@ -10,7 +10,7 @@ Edit the flags below, or give them on the command line:
 import argparse
 import http.client
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -118,7 +118,7 @@ def load_weights(pretrained):
     Raises utils.Problem if it is not to be had or damaged.
     """
     if pretrained is not True:
-        return utils.load_checkpoint(Path(pretrained))
+        return utils.load_checkpoint(Path(pretrained).expanduser())
     weights = VGG11_BN_Weights.IMAGENET1K_V1
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     if path.exists() and not utils.sha256(path).startswith(path.stem.split("-")[1]):
@@ -148,12 +148,16 @@ def load_features(model, state, source):
             value = old  # older files do not have it
         if not isinstance(value, torch.Tensor):
             raise utils.Problem(f"{source} is no VGG11-BN: features.{name} is missing")
+        if value.is_floating_point() != old.is_floating_point() or value.layout != old.layout:
+            raise utils.Problem(f"{source} is no VGG11-BN: features.{name} is not of a float type")
         if value.shape != old.shape:
             raise utils.Problem(f"{source} is no VGG11-BN: features.{name} has the shape "
                                 f"{tuple(value.shape)} instead of {tuple(old.shape)}")
         if not value.float().isfinite().all():
             raise utils.Problem(f"{source} is damaged: features.{name} has values that are "
                                 "not finite")
+        if name.endswith("running_var") and value.min() < 0:
+            raise utils.Problem(f"{source} is damaged: features.{name}, a variance, is negative")
         new[name] = value
     model.features.load_state_dict(new)
 
@@ -178,11 +182,16 @@ class FeatureData(utils.Data):
 
 @torch.no_grad()
 def extract_features(model, data, dtype, mirror):
-    """Run the fixed features of the model over all images once, and over the mirrored if asked."""
+    """Run the fixed features over all images in use once, and over the mirrored if asked."""
     start = time.perf_counter()
+    parts = (data.train, data.val, data.test)
+    used = torch.cat(parts)
+    train, val, test = torch.arange(len(used), device=used.device).split([len(p) for p in parts])
+    data = replace(data, images=data.images[used], labels=data.labels[used], train=train, val=val,
+                   test=test)
     model.to(data.images.device, memory_format=torch.channels_last).eval()
     versions = [None, partial(torch.flip, dims=[3])][:1 + mirror]
-    everything = torch.arange(len(data.images), device=data.images.device)
+    everything = torch.arange(len(used), device=used.device)
     features = []
     for augment in versions:
         for indices in utils.progress_bar(everything.split(500), "features", unit=" batches"):
@@ -227,6 +236,10 @@ def build(flags, num_classes, image_size):
 
 def train(flags, data, dtype):
     """One experiment: a new network, trained and tested. Returns the record."""
+    if min(flags.batch_size, len(data.train)) < 2:
+        raise utils.Problem("the batch norm of the new layers needs at least two images a step: "
+                            "raise --batch_size or --num_training", status=2)
+    start = time.perf_counter()
     torch.manual_seed(flags.seed)
     model = build(flags, len(data.classes), flags.image_size)
     if flags.pretrained:
@@ -237,7 +250,9 @@ def train(flags, data, dtype):
     utils.print_summary(model, flags.image_size, table=flags.question == "none")
     if model.fixed and flags.augmentation in ("none", "horizontal_flip"):
         data = extract_features(model, data, dtype, flags.augmentation == "horizontal_flip")
-    return utils.run_experiment(describe(flags), experiment_name(flags), model, data, flags, dtype)
+    record = utils.run_experiment(
+        describe(flags), experiment_name(flags), model, data, flags, dtype)
+    return {**record, "seconds": time.perf_counter() - start}  # with those for the features
 
 
 def draw(question, records, flags, data):

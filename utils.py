@@ -60,14 +60,22 @@ class Problem(Exception):
 
 def run_script(main):
     """Call main() and leave the process with a sentence instead of a traceback for a Problem."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no error
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except Problem as problem:
         print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
         sys.exit(problem.status)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as problem:
+        if not (isinstance(problem, (MemoryError, torch.OutOfMemoryError))
+                or "DefaultCPUAllocator" in str(problem)):
+            raise
         print(f"{Path(sys.argv[0]).name}: the device is out of memory; try a smaller --batch_size "
               "or --device=cpu", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of the output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as problem:
         print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
@@ -79,7 +87,8 @@ def run_script(main):
 
 # ============================================ flags ============================================
 
-SETTING = re.compile(r"^(\w+): (.+?) = .*?(?:  # (.*))?$")  # name: type = value  # comment
+# name: type = value  # comment; an edit may have dropped the type or the comment
+SETTING = re.compile(r"^([a-z]\w*)(?:: ?(.+?))? ?= ?.*?(?: +# ?(.*))?$")
 HEADING = re.compile(r"^# --- (.+?) -*$")
 
 LIMITS = {  # flag: which values are possible, and the same in words
@@ -98,6 +107,7 @@ LIMITS = {  # flag: which values are possible, and the same in words
     "num_training": (lambda value: value is None or value >= 1, "at least 1, or None"),
     "num_validation": (lambda value: value is None or value >= 1, "at least 1, or None"),
     "seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
+    "frozen_norm": (lambda value: value in ("eval", "train"), "eval or train"),
     "device": (lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value), "auto, cpu or cuda[:N]"),
     "precision": (lambda value: value in ("auto", "float32", "bfloat16"),
                   "auto, float32 or bfloat16"),
@@ -147,12 +157,15 @@ def parse_flags(script, argv=None):
             group = parser.add_argument_group(heading[1])
         elif setting := SETTING.match(line):
             name, types, comment = setting.groups()
+            types = types or type(script[name]).__name__
             # a default that is a text is parsed and checked like one from the command line
             options = {"type": partial(parse_value, name, types), "default": str(script[name])}
             if "bool" in types:
                 options |= {"nargs": "?", "const": True}  # --name alone
             elif types == "list":
-                options = {"nargs": "+", "default": script[name]}
+                default = [script[name]] if isinstance(script[name], str) else script[name]
+                options = {"nargs": "+", "default": default,
+                           "type": partial(parse_value, name, "str")}
             group.add_argument(f"--{name}", metavar=types.upper().replace(" | ", "|"), **options,
                                help=f"{comment or ''} (default: {script[name]})".replace("%", "%%"))
     flags = parser.parse_args(argv)
@@ -217,6 +230,8 @@ def parse_value(name, types, text):
         "None": {"None": None}.__getitem__,
         "bool": {"True": True, "true": True, "False": False, "false": False}.__getitem__,
         "int": int, "float": float, "str": str}
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty")
     for kind in types.split(" | "):
         with contextlib.suppress(KeyError, ValueError):
             value = readers[kind](text)
@@ -312,7 +327,11 @@ def load_data(dataset, image_size, num_training, num_validation, mean, std, devi
 
 def data_name(dataset):
     """What stands beside every number measured on a data set: of a folder, its own name."""
-    return "CIFAR-10" if dataset == "cifar10" else Path(dataset).resolve().name
+    if dataset == "cifar10":
+        return "CIFAR-10"
+    name = Path(dataset).expanduser().resolve().name
+    reserved = dataset != "synthetic" and name in ("CIFAR-10", "synthetic")
+    return f"{name} (folder)" if reserved else name
 
 
 # --------------------------------------- CIFAR-10 ---------------------------------------
@@ -424,12 +443,12 @@ def load_image_folder(folder, size):
     Raises Problem for a missing folder, an empty class, classes that differ between train and
     test, and for an image that cannot be read.
     """
-    parts = []
+    parts, folder = [], Path(folder).expanduser()
     for part in ("train", "test"):
         try:
-            parts.append(ImageFolder(Path(folder) / part))
+            parts.append(ImageFolder(folder / part))
         except OSError as problem:
-            raise Problem(f"{Path(folder) / part} is not a folder with one folder of images for "
+            raise Problem(f"{folder / part} is not a folder with one folder of images for "
                           f"each class ({problem}): --dataset is cifar10, synthetic, or a folder "
                           "with train/<class>/* and test/<class>/*") from problem
     train, test = parts
@@ -457,19 +476,21 @@ def read_image(path, size):
               Image.open(path) as image):
             if image.size != (size, size):
                 image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded near this size
-            rgb = image if image.mode == "RGB" else to_rgb(image)
-            if image.size != (size, size) or "exif" in image.info:
-                rgb = ImageOps.fit(ImageOps.exif_transpose(rgb), (size, size),
-                                   Image.Resampling.BILINEAR)
+            upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
+            rgb = upright if upright.mode == "RGB" else to_rgb(upright)
+            if rgb.size != (size, size):
+                rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
             return np.asarray(rgb)
     except Exception as problem:  # Pillow's readers raise nearly everything on damaged bytes
         raise Problem(f"{path} cannot be read as an image: {problem}") from problem
 
 
 def to_rgb(image):
-    """A PIL image of any mode as RGB."""
-    if image.mode.startswith("I"):  # 16 bits: Pillow would clip at 255, not scale
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    """A PIL image as RGB. Raises ValueError where it is not clear which value is white."""
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers without a known range")
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255, not scale
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -858,13 +879,14 @@ def fit(model, data, optimizer, scheduler, *, num_epochs, batch_size, seed, augm
 
         train_loss, train_accuracy = train_one_epoch(
             model, data, optimizer, batch_size, augment, dtype, bar)
-        if not math.isfinite(train_loss):
-            bar.close()
-            raise Problem(f"the training diverged: in epoch {epoch} the loss is {train_loss} at "
-                          f"learning rate {scheduler.get_last_lr()[0]:.2g}; try a smaller "
-                          "--learning_rate")
         seconds = time.perf_counter() - start
         val_loss, val_accuracy = evaluate(model, data, data.val, dtype)
+        for loss in (train_loss, val_loss):  # the last step can spoil what training did not see
+            if not math.isfinite(loss):
+                bar.close()
+                raise Problem(f"the training diverged: in epoch {epoch} the loss is {loss} at "
+                              f"learning rate {scheduler.get_last_lr()[0]:.2g}; try a smaller "
+                              "--learning_rate")
         if augment:
             _, accuracy = evaluate(model, data, data.val, dtype, augment_val)
             history["val_accuracy_augmented"].append(accuracy)
@@ -929,8 +951,12 @@ def run_experiment(title, name, model, data, flags, dtype):
         latest=checkpoint_path("latest", name), best=checkpoint_path("best", name), about=about)
     if flags.earlystop:
         model.load_state_dict(best_weights)
-    _, test_accuracy = evaluate(model, data, data.test, dtype)
-    _, test_first_1000 = evaluate(model, data, data.test[:1000], dtype)
+    first, others = data.test[:1000], data.test[1000:]
+    _, test_first_1000 = evaluate(model, data, first, dtype)
+    test_accuracy = test_first_1000
+    if len(others):
+        _, accuracy = evaluate(model, data, others, dtype)
+        test_accuracy = (test_first_1000 * len(first) + accuracy * len(others)) / len(data.test)
     seconds = time.perf_counter() - start
 
     epoch = best_epoch or len(history["train_loss"])
@@ -941,7 +967,7 @@ def run_experiment(title, name, model, data, flags, dtype):
           f"train accuracy {result['train_accuracy']:.1%}, "
           f"validation {result['val_accuracy']:.1%}, "
           f"test {test_accuracy:.1%} (its first 1,000 images {test_first_1000:.1%}); "
-          f"{format_seconds(seconds)}, {peak_memory(device):,.0f} MB of memory", flush=True)
+          f"{format_seconds(seconds)}, {peak_memory(device):,} MB of memory", flush=True)
     return {
         "title": title, "data": data.name, "fingerprint": data.fingerprint,
         "images": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
@@ -949,7 +975,7 @@ def run_experiment(title, name, model, data, flags, dtype):
         "best_epoch": best_epoch or None, "history": history, "seconds": seconds,
         "parameters": {"trainable": count_parameters(model),
                        "all": count_parameters(model, trainable=False)},
-        "peak_memory_mb": round(peak_memory(device)), "device": describe_device(device),
+        "peak_memory_mb": peak_memory(device), "device": describe_device(device),
         "precision": str(dtype).removeprefix("torch."), "finished": time.strftime("%Y-%m-%d %H:%M"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "torchvision": torchvision.__version__, "numpy": np.__version__}}
@@ -969,13 +995,16 @@ def cpu_info():
 
 
 def peak_memory(device):
-    """The most memory (MB) that this process has held: on the GPU if it is one, else in all."""
+    """The most memory (MB) that this process has held: on the GPU if it is one, else in all.
+
+    0 where the system does not tell.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_allocated(device) // 2**20
     if resource is None:
-        return math.nan
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
 
 
 # ========================================== prediction ==========================================
@@ -993,14 +1022,17 @@ def predict(flags, name, build, device, dtype):
         raise Problem(f"{path} does not exist: train with the same flags first, without --predict")
     state = load_checkpoint(path)
     try:
+        if not isinstance(state, dict):
+            raise TypeError("it holds no dict")
         size, classes = state["image_size"], state["classes"]
         model = build(argparse.Namespace(**state["flags"]), len(classes), size)
         model.load_state_dict(state["model"])
         mean, std = (torch.tensor(state[key], device=device).view(1, 3, 1, 1)
                      for key in ("mean", "std"))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as problem:
+        print(f"{state['title']}, trained on {state['data']} for {state['epoch']} epochs "
+              f"({path.name})")
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as problem:
         raise Problem(f"{path} is not a checkpoint of this script: {problem}") from problem
-    print(f"{state['title']}, trained on {state['data']} for {state['epoch']} epochs ({path.name})")
     model.to(device).eval()
     for image_path in list_images(flags.predict):
         image = torch.from_numpy(read_image(image_path, size).copy()).permute(2, 0, 1)[None]
@@ -1041,6 +1073,16 @@ def replacing(path):
             temporary.unlink()
 
 
+def check_writable(*folders):
+    """Raise Problem before the training, not after it, if a folder cannot be written."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as problem:
+            raise Problem(f"the folder {folder} cannot be written: {problem}") from problem
+
+
 def checkpoint_path(kind, name):
     """Where the "latest" or the "best" model of an experiment is."""
     return FOLDER / f"{kind}_model_{name}.ckpt"
@@ -1066,7 +1108,7 @@ def load_checkpoint(path):
 
 def slug(text):
     """A text as part of a file name: "CIFAR-10 (JPEG)" becomes "cifar-10-jpeg"."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+    return re.sub(r"[^\w.]+", "-", text.lower()).strip("-.") or "unnamed"
 
 
 def results_folder(flags):
@@ -1086,7 +1128,8 @@ def save_record(record, folder):
     identity = record["fingerprint"] + run_identity(record["flags"])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     path = folder / "records" / f"{slug(record['title'])}_{digest}_seed{record['seed']}.json"
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
+             for key, value in record.items()]
     with replacing(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
@@ -1145,6 +1188,7 @@ def run_plan(plan, data, train, draw, describe):
     for question, runs in plan.items():
         for flags in runs.values():
             if data:
+                check_writable(FOLDER, results_folder(flags) / "records")
                 run_missing(flags, describe(flags), data, train, done)
         found = {run: find_records(flags, data and data.fingerprint)
                  for run, flags in runs.items()}
@@ -1168,6 +1212,9 @@ VALIDATION = {"color": "#e08214", "linestyle": "--", "marker": "s", "markersize"
               "label": "validation"}  # apart from TRAIN in greyscale, too
 AUGMENTED = {"color": "#7b3294", "linestyle": ":", "marker": "^", "markersize": 3,
              "label": "validation, augmented"}
+
+
+plt.rcParams["text.parse_math"] = False  # a $ in the name of a folder is a dollar
 
 
 def save_figure(figure, path, show=False):
@@ -1217,7 +1264,7 @@ def draw_curves(axis, records, quantity, parts=("train", "val")):
     for i, epoch in enumerate(best):
         axis.axvline(epoch, color="grey", linestyle=":", linewidth=1.2, label=None if i else
                      f"best model: epoch {', '.join(map(str, best))}")
-    axis.set(xlabel="epoch", ylim=(0, 100 if quantity == "accuracy" else 1.05 * top),
+    axis.set(xlabel="epoch", ylim=(0, 100 if quantity == "accuracy" else 1.05 * top or 1),
              ylabel="accuracy (%)" if quantity == "accuracy" else quantity)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)

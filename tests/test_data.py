@@ -137,12 +137,13 @@ def test_a_photo_is_cut_to_its_middle_square_and_resized(tmp_path):
     assert (pixels[:, 33:63] == (0, 0, 255)).all()
 
 
-def test_a_photo_is_turned_upright(tmp_path):
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_a_photo_is_turned_upright(tmp_path, mode):
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:32] = 255  # the upper half is white, but the camera was turned
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(pixels).convert(mode).save(tmp_path / "turned.png", exif=exif)
     upright = utils.read_image(tmp_path / "turned.png", 32)
     assert upright[:15].max() == 0
     assert upright[17:].min() == 255
@@ -159,6 +160,20 @@ def test_an_unreadable_image_is_named(image_folder):
     broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(utils.Problem, match="003.png"):
         load(image_folder)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_without_a_known_range_are_refused(tmp_path, mode):
+    Image.new(mode, (32, 32)).save(tmp_path / "numbers.tif")
+    with pytest.raises(utils.Problem, match="numbers.tif"):
+        utils.read_image(tmp_path / "numbers.tif", 32)
+
+
+def test_a_folder_does_not_pass_for_another_source():
+    names = ("cifar10", "synthetic", "x/synthetic", "y/CIFAR-10", "z/Füchse $5/")
+    assert [utils.data_name(name) for name in names] == [
+        "CIFAR-10", "synthetic", "synthetic (folder)", "CIFAR-10 (folder)", "Füchse $5"]
+    assert len({utils.slug(utils.data_name(name)) for name in (*names, "日本")}) == 6
 
 
 def test_a_decompression_bomb_is_named(tmp_path):

@@ -19,6 +19,7 @@ def parse(*argv):
 
 def test_defaults_are_the_settings_of_the_script():
     flags = vars(parse())
+    assert flags.pop("given") == set()
     assert set(flags) >= NAMES
     assert flags == {name: getattr(ex3_convnet, name) for name in flags}
     assert (flags["learning_rate"], flags["batch_size"], flags["num_epochs"]) == (2e-3, 200, 20)
@@ -32,6 +33,15 @@ def test_an_edited_setting_is_the_new_default(monkeypatch):
     assert parse("--dropout=0.3").dropout == 0.3
     assert parse().norm_flag is True
     assert parse("--norm_flag=False").norm_flag is False
+
+
+@pytest.mark.parametrize("line", ["dropout = 0.3", "dropout=0.3", "dropout: float = 0.3  # high"])
+def test_an_edit_may_drop_the_type_or_the_comment(tmp_path, line):
+    path = tmp_path / "script.py"
+    path.write_text(f"# --- experiment ---\n{line}\nOTHER = 3\n")
+    script = {"__file__": str(path), "__doc__": "", "dropout": 0.3, "OTHER": 3}
+    flags = vars(utils.parse_flags(script, ["--dropout=0.5"]))
+    assert flags == {"dropout": 0.5, "given": {"dropout"}}
 
 
 def test_an_edited_setting_is_checked_like_a_flag(monkeypatch, capsys):
@@ -56,7 +66,7 @@ def test_values_from_the_command_line():
     "--num_epochs=2.5", "--batch_size=0", "--learning_rate=0", "--learning_rate=inf", "--reg=-1",
     "--patience=0", "--seed=-1", "--norm_flag=maybe", "--augmentation=flip", "--augmentation=",
     "--device=gpu", "--precision=float8", "--monitor=test", "--num_training=0", "--unknown=1",
-    "--norm", "positional", "--num_validation=0", "--image_size=8"])
+    "--norm", "positional", "--dataset=", "--predict=", "--num_validation=0", "--image_size=8"])
 def test_a_wrong_flag_is_one_sentence_and_code_2(argument, capsys):
     with pytest.raises(SystemExit) as end:
         parse(argument)
@@ -78,7 +88,7 @@ def test_help_lists_every_flag_with_its_default_and_comment(capsys):
     assert end.value.code == 0
     page = " ".join(capsys.readouterr().out.split())
     source = Path(ex3_convnet.__file__).read_text(encoding="utf-8")
-    for name in vars(parse()):
+    for name in vars(parse()).keys() - {"given"}:
         comment = re.search(rf"^{name}: .*  # (.*)$", source, re.MULTILINE)[1]
         assert f"--{name} " in page
         assert f"{comment} (default: {getattr(ex3_convnet, name)})" in page

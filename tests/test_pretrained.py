@@ -98,7 +98,9 @@ def test_features_of_any_float_type_are_loaded(weights, tmp_path, dtype):
 
 @pytest.mark.parametrize(("damage", "words"), [
     (lambda w: w.pop("features.8.weight"), "features.8.weight is missing"),
-    (lambda w: w.update({"features.28.bias": 3}), None),
+    (lambda w: w.update({"features.26.bias": 3}), "features.26.bias is missing"),
+    (lambda w: w.update({"features.8.bias": torch.ones(256).int()}), "8.bias is not of a float"),
+    (lambda w: w["features.1.running_var"].fill_(-1), "features.1.running_var, a variance"),
     (lambda w: w.update({"features.8.bias": torch.zeros(3)}), r"features.8.bias has the shape"),
     (lambda w: w["features.25.weight"].view(-1)[7].fill_(torch.nan), "features.25.weight has val"),
     (lambda w: w["features.1.running_var"][3].fill_(torch.inf), "features.1.running_var has val"),
@@ -108,9 +110,6 @@ def test_damaged_weights_are_named_and_nothing_is_loaded(weights, damage, words)
     damage(damaged)
     model = VGG()
     before = copy.deepcopy(model.state_dict())
-    if words is None:
-        ex3_pretrained.load_features(model, damaged, "w.pth")
-        return
     with pytest.raises(utils.Problem, match=words):
         ex3_pretrained.load_features(model, damaged, "w.pth")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -153,6 +152,12 @@ def test_frozen_random_features_are_refused(project):
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "random features" in result.stderr
+
+
+def test_a_step_of_one_image_is_refused(folder, few):
+    with pytest.raises(utils.Problem, match="at least two images") as problem:
+        ex3_pretrained.main(["--dataset=synthetic", "--pretrained=False", "--batch_size=1"])
+    assert problem.value.status == 2
 
 
 # -------------------------------------------- freezing --------------------------------------------
@@ -223,6 +228,7 @@ def test_the_mirrored_features_are_those_of_the_mirrored_image(synthetic, weight
     data.images, data.labels = data.images[:50], data.labels[:50]
     model = VGG(fine_tune=False)
     ex3_pretrained.load_features(model, weights, "test")
+    data.train, data.val, data.test = torch.arange(50).split([30, 10, 10])
     features = ex3_pretrained.extract_features(model, data, torch.float32, mirror=True)
     indices = torch.arange(50)
     flipped = model.extract(data.batch(indices, lambda images: images.flip(3))[0])
@@ -282,7 +288,8 @@ def test_prediction_needs_a_trained_model_and_an_image(folder, script, image_fol
     name = script.experiment_name(utils.parse_flags(vars(script), []))
     kind = "best" if script.earlystop else "latest"
     path = folder / f"{kind}_model_{name}.ckpt"
-    for content in ({}, {"image_size": 32, "classes": ["a"], "flags": {}, "model": {}}):
+    part = {"image_size": 32, "classes": ["a"], "flags": {}, "model": {}}
+    for content in (torch.zeros(3), {}, part):
         torch.save(content, path)
         with pytest.raises(utils.Problem, match="is not a checkpoint of this script"):
             script.main(["--predict", image])

@@ -1,5 +1,6 @@
 """The README: its commands parse, its links lead somewhere."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import ex3_convnet
+import ex3_pretrained
 import utils
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-SCRIPTS = {"ex3_convnet.py": ex3_convnet}
+SCRIPTS = {"ex3_convnet.py": ex3_convnet, "ex3_pretrained.py": ex3_pretrained}
 CALLS = [call.strip() for block in BLOCKS for call in re.split(r"&&|\n", block) if call.strip()]
 
 
@@ -26,8 +28,9 @@ def test_a_command_parses(call):
         assert end.value.code == 0
     else:
         flags = vars(utils.parse_flags(vars(SCRIPTS[script]), arguments))
-        for argument in arguments:
-            assert argument.removeprefix("--").split("=")[0] in flags
+        utils.plan(argparse.Namespace(**flags), SCRIPTS[script].QUESTIONS)
+        assert {a.removeprefix("--").split("=")[0] for a in arguments if a.startswith("--")} == (
+            flags["given"])
 
 
 def test_the_first_three_commands_set_up_everything():

@@ -42,7 +42,7 @@ def test_a_run_leaves_checkpoint_record_and_figures(project, image_folder):
                  "train accuracy", "validation", "test"):
         assert word in result.stdout
     files = {str(path.relative_to(project.folder)) for path in project.folder.rglob("*.*")}
-    name = "convnet-dropout-0.25-horizontal-flip_seed3"
+    name = "convnet-dropout-0.25-horizontal_flip_seed3"
     assert f"latest_model_{name}.ckpt" in files
     assert not any(file.startswith("best") or file.endswith(".tmp") for file in files)
     for figure in ("learning_curves", "filters"):

@@ -159,6 +159,42 @@ def test_a_diverging_run_is_told(few, tmp_path):
         fit(model, few, tmp_path)
 
 
+def test_a_loss_that_only_validation_sees_diverge_is_told(few, tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.1], losses=[float("inf")])
+    with pytest.raises(utils.Problem, match="epoch 1 the loss is inf"):
+        fit(small(), few, tmp_path, patience=3, monitor="loss")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_record_is_of_the_best_model_and_of_all_test_images(few, folder, monkeypatch):
+    """With the best epoch before the last, and more than 1,000 test images."""
+    optimizers = []
+
+    def fit(model, data, optimizer, scheduler, **settings):
+        optimizers.append(optimizer)
+        history = {key: [0.3, 0.6, 0.4] for key in ("train_loss", "train_accuracy", "val_accuracy")}
+        return history, 2, {key: value * 0 for key, value in model.state_dict().items()}
+
+    monkeypatch.setattr(utils, "fit", fit)
+    data = copy.copy(few)
+    data.test = torch.arange(1500)
+    flags = ex3_convnet_flags("--earlystop", "--reg=0.25", "--learning_rate=0.5")
+    record = utils.run_experiment("T", "t", small(norm=False), data, flags, torch.float32)
+    zeros = (few.labels[:1500] == 0).float()  # with all weights 0 the first class always wins
+    result = record["result"]
+    assert (result["epoch"], result["train_accuracy"], result["val_accuracy"]) == (2, 0.6, 0.6)
+    assert result["test_accuracy"] == pytest.approx(zeros.mean().item())
+    assert result["test_accuracy_first_1000"] == pytest.approx(zeros[:1000].mean().item())
+    assert result["test_accuracy"] != result["test_accuracy_first_1000"]
+    assert type(optimizers[0]) is torch.optim.Adam
+    group = optimizers[0].param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.25)
+
+
+def ex3_convnet_flags(*argv):
+    return utils.parse_flags(vars(ex3_convnet), argv)
+
+
 def test_bfloat16_trains_about_the_same(few):
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -194,6 +230,12 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(utils.Problem, match="cannot be written"):
         utils.save_checkpoint(tmp_path / "file" / "model.ckpt", {})
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(few, folder):
+    (folder / "figures").touch()
+    with pytest.raises(utils.Problem, match="figures.* cannot be written"):
+        ex3_convnet.main(["--dataset=synthetic"])
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 half"])
