@@ -48,12 +48,12 @@ TECHNIQUES = ("vertical_flip", "horizontal_flip", "rotation", "resize_crop", "tr
               "color_jitter", "greyscale", "scaling")
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
-QUESTIONS = {  # question: its runs, each with the flags that differ from those above
-    "1": {"without batch norm": {}},
-    "2a": {"without batch norm": {}, "with batch norm": {"norm_flag": True}},
-    "2b": {"without batch norm": {"earlystop": True, "num_epochs": 50},
+QUESTIONS = {  # question: its runs, each with the flags that it sets
+    "1": {"without batch norm": {"norm_flag": False}},
+    "2a": {"without batch norm": {"norm_flag": False}, "with batch norm": {"norm_flag": True}},
+    "2b": {"without batch norm": {"norm_flag": False, "earlystop": True, "num_epochs": 50},
            "with batch norm": {"norm_flag": True, "earlystop": True, "num_epochs": 50}},
-    "3a": {"no augmentation": {"norm_flag": True},
+    "3a": {"no augmentation": {"norm_flag": True, "augmentation": "none"},
            **{name: {"norm_flag": True, "augmentation": name} for name in TECHNIQUES}},
     "3b": {f"dropout {rate}": {"norm_flag": True, "dropout": rate} for rate in RATES},
 }
@@ -134,7 +134,7 @@ def plot_filters(record, path, show=False):
     """
     before, after = (np.array(record["filters"][when]) for when in ("before", "after"))
     most = np.quantile(np.abs([before, after]), 0.99)
-    figure, axes = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
     for axis, filters, when in zip(axes, (before, after), (
             "before training", f"after training (epoch {record['result']['epoch']})")):
         pixels = (0.5 + filters / (2 * most)).clip(0, 1).transpose(0, 2, 3, 1)
@@ -143,8 +143,8 @@ def plot_filters(record, path, show=False):
         axis.imshow(tiles.reshape(8, 16, 20, 20, 3).swapaxes(1, 2).reshape(160, 320, 3))
         axis.set_title(f"{when}: standard deviation {filters.std():.3f}", fontsize=11)
         axis.axis("off")
-    figure.suptitle(f"{record['title']}: the 128 filters of the first convolution, grey 0, full "
-                    f"colour ±{most:.2f} ({utils.caption([record])})", fontsize=11)
+    figure.suptitle(f"{record['title']}: the 128 filters of the first convolution (grey 0, full "
+                    f"colour ±{most:.2f})\n{utils.caption([record])}", fontsize=11)
     utils.save_figure(figure, path, show)
 
 
@@ -243,7 +243,7 @@ def plot_augmented_images(data, path, show=False, count=10):
         axis.imshow(np.hstack(shown.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()))
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
-    figure.suptitle(f"The augmentation techniques ({data.name})")
+    figure.suptitle(f"The augmentation techniques on {data.name}")
     utils.save_figure(figure, path, show)
 
 

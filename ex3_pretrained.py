@@ -51,10 +51,11 @@ redraw: bool = False  # only draw the figures and tables again, from the records
 show: bool = False  # open a window for each figure, after saving it
 predict: list = []  # images or folders: classify them with the trained model, without training
 
-QUESTIONS = {  # question: its runs, each with the flags that differ from those above
-    "4a": {"frozen": {"fine_tune": False},
+QUESTIONS = {  # question: its runs, each with the flags that it sets
+    "4a": {"frozen": {"fine_tune": False, "frozen_norm": "eval"},
            "frozen, batch norm drifting": {"fine_tune": False, "frozen_norm": "train"}},
-    "4b": {"Model 1 (fine-tuned)": {}, "Model 2 (from scratch)": {"pretrained": False}},
+    "4b": {"Model 1 (fine-tuned)": {"fine_tune": True},
+           "Model 2 (from scratch)": {"fine_tune": True, "pretrained": False}},
 }
 
 TABLE_5 = {"Validation accuracy": 65.1, "Test accuracy": 61.6, "Test accuracy, first 1,000": 61.6}

@@ -1279,7 +1279,7 @@ def plot_learning_curves(records, title, path, show=False):
     for axis, quantity in zip(axes, ("loss", "accuracy")):
         draw_curves(axis, records, quantity)
         axis.legend()
-    figure.suptitle(f"{title}: learning curves ({caption(records)})")
+    figure.suptitle(f"{title}: learning curves\n{caption(records)}", fontsize=11)
     save_figure(figure, path, show)
 
 

@@ -82,10 +82,20 @@ def test_a_given_flag_leaves_alone_the_run_that_differs_in_it():
     assert [run.pretrained for run in plan["4b"].values()] == ["w.pth", False]
 
 
-@pytest.mark.parametrize("argument", ["--dropout=0.3", "--question=9", "--question=4a"])
-def test_what_makes_no_sense_in_a_question_is_refused(argument):
+def test_an_edited_setting_does_not_change_what_a_question_compares(monkeypatch):
+    monkeypatch.setattr(ex3_convnet, "norm_flag", True)
+    monkeypatch.setattr(ex3_convnet, "augmentation", "rotation")
+    assert [run.norm_flag for run in planned(ex3_convnet, "--question=2a")["2a"].values()] == [
+        False, True]
+    assert planned(ex3_convnet, "--question=3a")["3a"]["no augmentation"].augmentation == "none"
+
+
+@pytest.mark.parametrize(("question", "argument"), [
+    ("3b", "--dropout=0.3"), ("3a", "--augmentation=none"), ("2a", "--norm_flag"),
+    ("9", "--seed=1"), ("4a", "--seed=1")])
+def test_what_makes_no_sense_in_a_question_is_refused(question, argument):
     with pytest.raises(utils.Problem) as problem:
-        planned(ex3_convnet, "--question=3b", argument)
+        planned(ex3_convnet, f"--question={question}", argument)
     assert problem.value.status == 2
 
 

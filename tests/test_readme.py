@@ -48,6 +48,6 @@ def test_every_other_command_is_known():
 
 
 def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    links = re.findall(r"(?:\]\(|src=\")([^)#:\"]+)[)\"]", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
