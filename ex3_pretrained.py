@@ -187,17 +187,17 @@ def extract_features(model, data, dtype, mirror):
     start = time.perf_counter()
     parts = (data.train, data.val, data.test)
     used = torch.cat(parts)
-    train, val, test = torch.arange(len(used), device=used.device).split([len(p) for p in parts])
+    everything = torch.arange(len(used), device=used.device)
+    train, val, test = everything.split([len(part) for part in parts])
     data = replace(data, images=data.images[used], labels=data.labels[used], train=train, val=val,
                    test=test)
     model.to(data.images.device, memory_format=torch.channels_last).eval()
     versions = [None, partial(torch.flip, dims=[3])][:1 + mirror]
-    everything = torch.arange(len(used), device=used.device)
     features = []
     for augment in versions:
         for indices in utils.progress_bar(everything.split(500), "features", unit=" batches"):
             images, _ = data.batch(indices, augment)
-            with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            with utils.autocast(images.device, dtype):
                 features.append(model.extract(images))
     features = torch.cat(features).view(len(versions), len(everything), -1)
     print(f"The fixed features of {len(everything):,} images"

@@ -777,6 +777,11 @@ def choose_device(device, precision):
     return device, getattr(torch, precision)
 
 
+def autocast(device, dtype):
+    """The context in which the network computes in dtype; its weights stay in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def derive_seed(*numbers):
     """A seed of 32 bits for one purpose: all that is random in an epoch follows from it.
 
@@ -819,7 +824,7 @@ def train_one_epoch(model, data, optimizer, batch_size, augment, dtype, bar):
     seen = 0
     for step, indices in enumerate(batches, start=1):
         images, labels = data.batch(indices, augment)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
@@ -844,7 +849,7 @@ def evaluate(model, data, indices, dtype, augment=None, batch_size=500):
     correct = torch.zeros((), device=device, dtype=torch.int64)
     for part in indices.split(batch_size):
         images, labels = data.batch(part, augment)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             logits = model(images)
         loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
         correct += (logits.argmax(dim=1) == labels).sum()
@@ -1036,7 +1041,7 @@ def predict(flags, name, build, device, dtype):
     model.to(device).eval()
     for image_path in list_images(flags.predict):
         image = torch.from_numpy(read_image(image_path, size).copy()).permute(2, 0, 1)[None]
-        with torch.inference_mode(), torch.autocast(device.type, dtype, dtype != torch.float32):
+        with torch.inference_mode(), autocast(device, dtype):
             logits = model(image.to(device).float().div(255).sub(mean).div(std))
         probability, label = logits.float().softmax(dim=1).max(dim=1)
         print(f"{image_path}: {classes[label]} {probability.item():.1%}")
