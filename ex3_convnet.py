@@ -7,12 +7,13 @@ Edit the flags below, or give them on the command line:
 
 from functools import partial
 
+import utils  # before PyTorch, which takes seconds: it answers --help at once
+
+# isort: split
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
-
-import utils
 
 # --- experiment -------------------------------------------------------------------------------
 norm_flag: bool = False  # batch normalization after each convolution (Question 2a)
@@ -37,6 +38,11 @@ dataset: str = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ 
 image_size: int = 32  # images are resized to so many pixels a side
 device: str = "auto"  # cpu, cuda or cuda:N; auto: CUDA where there is one
 precision: str = "auto"  # float32 or bfloat16; auto: bfloat16 where it is fast
+channels_last: bool = True  # the layout in memory that most convolutions are fastest in
+compile: bool = False  # torch.compile: a minute more to start; measure whether it pays
+deterministic: bool = False  # on CUDA: the same numbers every time, at some cost (a CPU always is)
+resume: bool = False  # go on with an interrupted run from its latest checkpoint
+parallel: str = "images"  # what the processes of torchrun share: the images of a run, or the runs
 question: str = "none"  # run all of a question of the report: 1, 2a, 2b, 3a, 3b, or all
 seeds: str = "1"  # repeat each run with so many seeds: seed, seed + 1, ...; or a list: 0,5,7
 rerun: bool = False  # in a question, run again what is recorded already
@@ -234,7 +240,7 @@ def plot_techniques(records, path, show=False):
 
 def plot_augmented_images(data, path, show=False, count=10):
     """What each technique does: the same few training images, each with its own draw."""
-    generator = torch.Generator(data.images.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     images = data.images[data.train[:count]].float() / 255
     figure, axes = plt.subplots(1 + len(TECHNIQUES), 1, figsize=(count * 0.8, 7.6),
                                 layout="constrained")
@@ -281,13 +287,14 @@ def main(argv=None):
     """
     flags = utils.parse_flags(globals(), argv)
     plan = utils.plan(flags, QUESTIONS)
-    device, dtype = utils.choose_device(flags.device, flags.precision)
+    device, dtype = utils.choose_device(flags.device, flags.precision, flags.deterministic)
     if flags.predict:
         return utils.predict(flags, experiment_name(flags), build, device, dtype)
+    store = utils.join_processes(flags.parallel, device)
     data = None if flags.redraw else utils.load_data(
         flags.dataset, flags.image_size, flags.num_training, flags.num_validation, MEAN, STD,
-        device)
-    return utils.run_plan(plan, data, partial(train, dtype=dtype), draw, describe)
+        device, flags.channels_last)
+    return utils.run_plan(plan, data, partial(train, dtype=dtype), draw, describe, store)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import utils  # before PyTorch, which takes seconds: it answers --help at once
+
+# isort: split
 import torch
 from torch import nn
 from torchvision.models import VGG11_BN_Weights, vgg11_bn
-
-import utils
 
 # --- experiment -------------------------------------------------------------------------------
 pretrained: bool | str = True  # ImageNet weights, or the path of others; False: from scratch (4b)
@@ -44,6 +45,11 @@ dataset: str = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ 
 image_size: int = 32  # images are resized to so many pixels a side
 device: str = "auto"  # cpu, cuda or cuda:N; auto: CUDA where there is one
 precision: str = "auto"  # float32 or bfloat16; auto: bfloat16 where it is fast
+channels_last: bool = True  # the layout in memory that most convolutions are fastest in
+compile: bool = False  # torch.compile: a minute more to start; measure whether it pays
+deterministic: bool = False  # on CUDA: the same numbers every time, at some cost (a CPU always is)
+resume: bool = False  # go on with an interrupted run from its latest checkpoint
+parallel: str = "images"  # what the processes of torchrun share: the images of a run, or the runs
 question: str = "none"  # run all of a question of the report: 4a, 4b, or all
 seeds: str = "1"  # repeat each run with so many seeds: seed, seed + 1, ...; or a list: 0,5,7
 rerun: bool = False  # in a question, run again what is recorded already
@@ -86,7 +92,6 @@ class VGG(nn.Module):
     def __init__(self, fine_tune=True, frozen_norm="eval", num_classes=10):
         super().__init__()
         self.features = vgg11_bn().features.requires_grad_(fine_tune)
-        self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Sequential(nn.Linear(512, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(),
                                   nn.Linear(HIDDEN, num_classes))
         self.fixed = not fine_tune and frozen_norm == "eval"
@@ -99,7 +104,7 @@ class VGG(nn.Module):
 
     def extract(self, images):
         """The features (B, 512) of images (B, 3, S, S)."""
-        return self.pool(self.features(images)).flatten(1)
+        return self.features(images).mean(dim=(2, 3))
 
     def forward(self, inputs):
         return self.head(self.extract(inputs) if inputs.dim() == 4 else inputs)
@@ -126,7 +131,7 @@ def load_weights(pretrained):
         raise utils.Problem(f"{path} is truncated or altered (its sha256 does not begin as its "
                             "name says): delete it and run again")
     try:
-        with utils.stall_timeout():
+        with utils.first_process_first(), utils.stall_timeout():
             return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException) as problem:
         raise utils.Problem(
@@ -191,7 +196,7 @@ def extract_features(model, data, dtype, mirror):
     train, val, test = everything.split([len(part) for part in parts])
     data = replace(data, images=data.images[used], labels=data.labels[used], train=train, val=val,
                    test=test)
-    model.to(data.images.device, memory_format=torch.channels_last).eval()
+    model.to(data.images.device).eval()
     versions = [None, partial(torch.flip, dims=[3])][:1 + mirror]
     features = []
     for augment in versions:
@@ -284,13 +289,14 @@ def main(argv=None):
     if not all(run.pretrained or run.fine_tune for runs in plan.values() for run in runs.values()):
         raise utils.Problem("--pretrained=False with --fine_tune=False would freeze random "
                             "features: leave one of them True", status=2)
-    device, dtype = utils.choose_device(flags.device, flags.precision)
+    device, dtype = utils.choose_device(flags.device, flags.precision, flags.deterministic)
     if flags.predict:
         return utils.predict(flags, experiment_name(flags), build, device, dtype)
+    store = utils.join_processes(flags.parallel, device)
     data = None if flags.redraw else utils.load_data(
         flags.dataset, flags.image_size, flags.num_training, flags.num_validation, MEAN, STD,
-        device)
-    return utils.run_plan(plan, data, partial(train, dtype=dtype), draw, describe)
+        device, flags.channels_last)
+    return utils.run_plan(plan, data, partial(train, dtype=dtype), draw, describe, store)
 
 
 if __name__ == "__main__":

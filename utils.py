@@ -1,5 +1,6 @@
 """What ex3_convnet.py and ex3_pretrained.py share, in the order in which data flows:
-flags, data, augmentation, network, training, checkpoints and records, figures."""
+flags, processes, data, augmentation, network, training, prediction, checkpoints and records,
+figures, tables."""
 
 import argparse
 import contextlib
@@ -20,22 +21,12 @@ import tempfile
 import time
 import urllib.request
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-import torch.nn.functional as F
-import torchvision
-from PIL import Image, ImageOps
-from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import check_integrity
-from torchvision.transforms.v2.functional import resize
-from tqdm import tqdm
 
 try:
     import resource
@@ -64,9 +55,14 @@ def run_script(main):
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Problem as problem:
         print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
         sys.exit(problem.status)
+    except dist.DistError as problem:  # that process tells why, and torchrun ends the others
+        print(f"{Path(sys.argv[0]).name}: another process has ended ({problem})", file=sys.stderr)
+        sys.exit(1)
     except (MemoryError, RuntimeError) as problem:
         if not (isinstance(problem, (MemoryError, torch.OutOfMemoryError))
                 or "DefaultCPUAllocator" in str(problem)):
@@ -81,14 +77,15 @@ def run_script(main):
         print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: interrupted; the state after the last full epoch is "
+              "kept: the same command with --resume goes on from there", file=sys.stderr)
         sys.exit(130)
 
 
 # ============================================ flags ============================================
 
 # name: type = value  # comment; an edit may have dropped the type or the comment
-SETTING = re.compile(r"^([a-z]\w*)(?:: ?(.+?))? ?= ?.*?(?: +# ?(.*))?$")
+SETTING = re.compile(r"^([a-z]\w*)(?:: ?(.+?))? ?= ?(.*?)(?: +# ?(.*))?$")
 HEADING = re.compile(r"^# --- (.+?) -*$")
 
 LIMITS = {  # flag: which values are possible, and the same in words
@@ -111,6 +108,7 @@ LIMITS = {  # flag: which values are possible, and the same in words
     "device": (lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value), "auto, cpu or cuda[:N]"),
     "precision": (lambda value: value in ("auto", "float32", "bfloat16"),
                   "auto, float32 or bfloat16"),
+    "parallel": (lambda value: value in ("images", "runs"), "images or runs"),
     "seeds": (lambda value: re.fullmatch(r"[1-9]\d{0,3}|\d{1,9}(,\d{1,9})+", value),
               "a number of seeds such as 3, or a list such as 0,5,7"),
     "image_size": (lambda value: 32 <= value <= 1024, "32 to 1024"),
@@ -156,18 +154,19 @@ def parse_flags(script, argv=None):
         if heading := HEADING.match(line):
             group = parser.add_argument_group(heading[1])
         elif setting := SETTING.match(line):
-            name, types, comment = setting.groups()
-            types = types or type(script[name]).__name__
+            name, types, source, comment = setting.groups()
+            default = script.get(name, source.strip("\"'"))  # see answer_help
+            types = types or type(default).__name__
             # a default that is a text is parsed and checked like one from the command line
-            options = {"type": partial(parse_value, name, types), "default": str(script[name])}
+            options = {"type": partial(parse_value, name, types), "default": str(default)}
             if "bool" in types:
                 options |= {"nargs": "?", "const": True}  # --name alone
             elif types == "list":
-                default = [script[name]] if isinstance(script[name], str) else script[name]
-                options = {"nargs": "+", "default": default,
+                options = {"nargs": "+",
+                           "default": [default] if isinstance(default, str) else default,
                            "type": partial(parse_value, name, "str")}
             group.add_argument(f"--{name}", metavar=types.upper().replace(" | ", "|"), **options,
-                               help=f"{comment or ''} (default: {script[name]})".replace("%", "%%"))
+                               help=f"{comment or ''} (default: {default})".replace("%", "%%"))
     flags = parser.parse_args(argv)
     untouched = argparse.Namespace(**dict.fromkeys(vars(flags), parser))  # argparse leaves it so
     flags.given = {name for name, value in vars(parser.parse_args(argv, untouched)).items()
@@ -175,9 +174,17 @@ def parse_flags(script, argv=None):
     return flags
 
 
+def answer_help():
+    """Answer the --help of a script: at its `import utils`, before PyTorch's two seconds."""
+    script = vars(sys.modules["__main__"])
+    in_folder = Path(script.get("__file__") or "/").resolve().parent == FOLDER
+    if in_folder and {"-h", "--help"} & set(sys.argv[1:]):
+        parse_flags(script)
+
+
 # what says where, how often or how fast to run: two runs that differ in it only are the same run
-ENVIRONMENT = ("dataset", "device", "show", "predict", "question", "seeds", "rerun", "redraw",
-               "given")
+ENVIRONMENT = ("dataset", "device", "channels_last", "compile", "deterministic", "parallel", "show",
+               "predict", "question", "seeds", "rerun", "redraw", "resume", "given")
 
 
 def public_flags(flags):
@@ -193,6 +200,8 @@ def plan(flags, questions):
     counts for all runs of a question, but where it is what the runs differ in, only for those that
     do not set it. Raises Problem (status 2) if that is none, or the question is unknown.
     """
+    if flags.rerun and flags.resume:
+        raise Problem("--rerun starts anew and --resume goes on: leave out one of them", status=2)
     if flags.question == "none":
         return {"none": {"": flags}}
     if flags.question not in ("all", *questions):
@@ -244,6 +253,109 @@ def parse_value(name, types, text):
     return value
 
 
+answer_help()
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import nn
+from torch.distributed.rendezvous import rendezvous
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
+
+# =========================================== processes ===========================================
+# torchrun starts several processes of a script. With parallel="images" they share every step of a
+# run: PyTorch's process group joins them. With parallel="runs" each takes whole runs, and they have
+# nothing in common but a store, which counts who came first. A script alone is rank 0 of 1.
+
+
+def join_processes(parallel, device):
+    """Join the other processes of torchrun, if it started this one.
+
+    Returns the store by which the processes agree who takes a run: with "images" all take each, so
+    every process has a store of its own. From here on, "images" leaves the output to rank 0.
+    """
+    if "RANK" not in os.environ or parallel == "images" and os.environ["WORLD_SIZE"] == "1":
+        return dist.HashStore()
+    if parallel == "runs":
+        return next(rendezvous("env://"))[0]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # a process that dies ends them all at once, by torchrun; the time-out is for a long download
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+    return dist.HashStore()
+
+
+def rank():
+    """The number of this process among those that share a run; 0 is the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count():
+    """How many processes share a run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own_share():
+    """This process's part of a batch, as a slice."""
+    return slice(rank(), None, process_count())
+
+
+def add_up(*numbers):
+    """The sums of tensors (each one number) over the processes, as floats."""
+    totals = torch.stack([number.double() for number in numbers])
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    return totals.tolist()  # the one wait for a GPU in a whole epoch
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Rank 0 goes in alone, the others when it is done: they find what it has downloaded."""
+    if rank():
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not rank():
+        dist.barrier()
+
+
+def distribute(model):
+    """The network to train: with several processes PyTorch's, which averages the gradients."""
+    if not dist.is_initialized():
+        return model
+    if next(model.parameters()).is_cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+    elif any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
+        print("Batch norm: on CPUs each process normalizes by the statistics of its own share")
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def align_buffers(model):
+    """Give all processes the batch norm statistics of rank 0."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def wait_for_all(store):
+    """With parallel="runs": whether this is the one process that draws, when all are done."""
+    if int(os.environ["RANK"]):
+        store.add("finished", 1)
+        return False
+    while store.add("finished", 0) < int(os.environ["WORLD_SIZE"]) - 1:
+        time.sleep(1)
+    return True
+
+
 # ============================================ data ============================================
 
 
@@ -278,17 +390,20 @@ class Data:
         return images.sub(self.mean).div_(self.std), self.labels[indices]
 
 
-def load_data(dataset, image_size, num_training, num_validation, mean, std, device):
+def load_data(dataset, image_size, num_training, num_validation, mean, std, device,
+              channels_last=True):
     """Load a data set, split it, and put it onto the device.
 
     dataset: "cifar10", "synthetic" or the path of a folder with train/<class>/ and test/<class>/.
     The last num_validation training images validate (None: a tenth, at most 1,000), the first
     num_training train (None: all the others), in the data set's own order.
-    mean, std: three numbers each. Raises Problem, with status 2 if the split is impossible.
+    mean, std: three numbers each. channels_last: the layout of the images in memory.
+    Raises Problem, with status 2 if the split is impossible.
     """
     name = data_name(dataset)
     if dataset == "cifar10":
-        classes, images, labels, num_test = load_cifar10(FOLDER / "datasets")
+        with first_process_first():
+            classes, images, labels, num_test = load_cifar10(FOLDER / "datasets")
     elif dataset == "synthetic":
         classes, images, labels, num_test = draw_synthetic()
     else:
@@ -306,10 +421,10 @@ def load_data(dataset, image_size, num_training, num_validation, mean, std, devi
                       f"than the {total} training images of {name}: choose a smaller "
                       "--num_training or --num_validation", status=2)
 
-    # (N, S, S, 3) in memory is PyTorch's channels_last, the layout that convolutions like best
     images = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
     if images.shape[-1] != image_size:
         images = resize(images, [image_size, image_size], antialias=True)
+    images = images.contiguous(memory_format=memory_format(channels_last))
     position = torch.arange(len(images), device=device)
     data = Data(
         name, classes, images, torch.from_numpy(labels).to(device),
@@ -582,15 +697,19 @@ SHAPES = {  # class: a function of x (to the right) and y (down) that is below 1
 
 
 # ========================================= augmentation =========================================
-# Each technique takes images, float32 (B, 3, S, S) in 0..1, and a generator on their device, draws
-# its parameters for each image, and returns new images. Conventions are those of torchvision's
-# transforms for tensors: about the centre, nearest neighbour, black fill, uniform draws.
+# Each technique takes images, float32 (B, 3, S, S) in 0..1, and a generator, draws its parameters
+# for each image, and returns new images. Conventions are those of torchvision's transforms for
+# tensors: about the centre, nearest neighbour, black fill, uniform draws.
 
 
 def uniform(low, high, images, generator):
-    """One uniform draw for each image, float32 (B,)."""
-    draws = torch.rand(len(images), generator=generator, device=images.device)
-    return low + (high - low) * draws
+    """One uniform draw for each image, float32 (B,).
+
+    Drawn on the CPU, whatever the images are on: every device gets the same numbers, and the draw
+    of an order below does not have to wait for a GPU.
+    """
+    draws = torch.rand(len(images), generator=generator)
+    return low + (high - low) * draws.to(images.device, non_blocking=True)
 
 
 def flip(images, generator, dim, p):
@@ -694,7 +813,7 @@ def color_jitter(images, generator, brightness, contrast, saturation, hue):
     """
     steps = [(adjust_brightness, 1, brightness), (adjust_contrast, 1, contrast),
              (adjust_saturation, 1, saturation), (adjust_hue, 0, hue)]
-    order = torch.randperm(4, generator=generator, device=images.device).tolist()
+    order = torch.randperm(4, generator=generator).tolist()
     for adjust, middle, width in (steps[i] for i in order):
         amount = uniform(middle - width, middle + width, images, generator)
         images = adjust(images, amount.view(-1, 1, 1, 1))
@@ -757,15 +876,19 @@ def print_summary(model, image_size, table=True):
 # ========================================== training ==========================================
 
 
-def choose_device(device, precision):
+def choose_device(device, precision, deterministic=False):
     """The torch.device and the dtype of the network's arithmetic behind the flags.
 
-    "auto" takes CUDA where there is one, and bfloat16 where the processor computes it natively:
-    elsewhere it is several times slower than float32. Raises Problem for CUDA without CUDA.
+    "auto" takes CUDA where there is one (under torchrun each process its own), and bfloat16 where
+    the processor computes it natively: elsewhere it is several times slower than float32.
+    deterministic: on CUDA only algorithms that give the same numbers every time; a CPU always does.
+    Raises Problem for CUDA without CUDA.
     """
     cuda = torch.cuda.is_available()
     device = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise Problem(f"--device={device} is not there: PyTorch sees {torch.cuda.device_count()} "
                       "CUDA devices on this machine; --device=cpu always works", status=2)
     if precision == "auto":
@@ -774,7 +897,27 @@ def choose_device(device, precision):
         else:
             native = cpu_info().get("avx512_bf16") or cpu_info().get("amx_bf16")
         precision = "bfloat16" if native else "float32"
+    # huge pages: without them a sixth of a step on a CPU goes into fetching memory (Linux)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    torch.backends.cudnn.benchmark = not deterministic  # try which convolutions are the fastest
+    if deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     return device, getattr(torch, precision)
+
+
+def memory_format(channels_last):
+    """The layout of images and weights: most convolutions are fastest with the channels last."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def compile_model(model, device):
+    """torch.compile the network in place; on CUDA with CUDA graphs. Raises Problem."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++",
+                                                           "clang++", "cl"))):
+        raise Problem("--compile needs a C++ compiler such as g++ on a CPU: install one, or leave "
+                      "it out", status=2)
+    model.compile(mode="reduce-overhead" if device.type == "cuda" else None)
 
 
 def autocast(device, dtype):
@@ -792,7 +935,7 @@ def derive_seed(*numbers):
 
 def progress_bar(items=None, title=None, **options):
     """tqdm's bar in a terminal, nothing in a log."""
-    return tqdm(items, title, disable=None, leave=False, mininterval=0.5, **options)
+    return tqdm(items, title, disable=rank() > 0 or None, leave=False, mininterval=0.5, **options)
 
 
 def log(line):
@@ -802,42 +945,49 @@ def log(line):
 
 
 def split_batches(indices, batch_size):
-    """Indices in batches; a lone last image joins the batch before it, as batch norm needs two."""
+    """Indices in batches; a last one of too few images joins the batch before it.
+
+    Batch norm needs two images, and with several processes each of them does.
+    """
     batches = list(indices.split(batch_size))
-    if batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
+    least = 2 * process_count()
+    if batch_size >= least and len(batches) > 1 and len(batches[-1]) < least:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
 
-def train_one_epoch(model, data, optimizer, batch_size, augment, dtype, bar):
-    """One pass over the training images, shuffled; `bar` shows the progress.
+def train_one_epoch(model, data, optimizer, batch_size, shuffle, augment, dtype, bar):
+    """One pass over the training images, in an order from the generator `shuffle`.
 
+    With several processes each computes on its share of every batch. `bar` shows the progress.
     Returns mean loss and accuracy (0..1) over the batches as they are trained on: in train mode,
     augmented, with moving weights.
     """
     model.train()
     device = data.images.device
-    order = data.train[torch.randperm(len(data.train), device=device)]
+    order = data.train[torch.randperm(len(data.train), generator=shuffle).to(device)]
     batches = split_batches(order, batch_size)
     loss_sum = torch.zeros((), device=device)  # both are added up on the device: to read a number
     correct = torch.zeros((), device=device, dtype=torch.int64)  # from a GPU is to wait for it
     seen = 0
     for step, indices in enumerate(batches, start=1):
-        images, labels = data.batch(indices, augment)
+        # every process augments the whole batch, which is cheap: so all make the same draws
+        images, labels = (part[own_share()] for part in data.batch(indices, augment))
         with autocast(device, dtype):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
-        loss.backward()
+        # the gradients will be averaged over processes, whose shares can differ by an image
+        (loss * (len(labels) * process_count() / len(indices))).backward()
         optimizer.step()
 
-        loss_sum += loss.detach() * len(indices)
+        loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
-        seen += len(indices)
+        seen += len(labels)
         if bar.update(len(indices)):  # true when it was drawn: at most twice a second, not in a log
             bar.set_postfix_str(f"step {step}/{len(batches)}, loss {loss_sum.item() / seen:.3f}, "
                                 f"accuracy {correct.item() / seen:.1%}")
-    return loss_sum.item() / seen, correct.item() / seen
+    return tuple(total / len(order) for total in add_up(loss_sum, correct))
 
 
 @torch.inference_mode()
@@ -848,43 +998,56 @@ def evaluate(model, data, indices, dtype, augment=None, batch_size=500):
     loss_sum = torch.zeros((), device=device)
     correct = torch.zeros((), device=device, dtype=torch.int64)
     for part in indices.split(batch_size):
-        images, labels = data.batch(part, augment)
+        images, labels = (part[own_share()] for part in data.batch(part, augment))
+        if not len(labels):
+            continue  # fewer images than processes
         with autocast(device, dtype):
             logits = model(images)
         loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
         correct += (logits.argmax(dim=1) == labels).sum()
-    return loss_sum.item() / len(indices), correct.item() / len(indices)
+    return tuple(total / len(indices) for total in add_up(loss_sum, correct))
 
 
 def fit(model, data, optimizer, scheduler, *, num_epochs, batch_size, seed, augmentation, dtype,
-        patience, monitor, latest, best, about):
+        patience, monitor, latest, best, about, interrupted=None):
     """Train for num_epochs, or until early stopping.
 
     patience: stop after so many epochs in a row without a new best; None: no early stopping.
     monitor: what makes an epoch the best on the validation images, "accuracy" or "loss".
     latest, best: paths of the checkpoints (best only with early stopping); about: a dict of what
     they carry besides the state of the training.
+    interrupted: the latest checkpoint of an interrupted run, to go on from (see load_interrupted).
     Returns the history (a dict of lists, one entry an epoch), the best epoch (from 1) and a copy
     of its weights (0 and None without early stopping). The model keeps the latest weights.
-    Raises Problem when the loss is no longer finite.
+    Raises Problem when the loss is no longer finite; the checkpoint is of the epoch before, then.
     """
-    generators = [torch.Generator(data.images.device) for _ in range(2)]
-    augment, augment_val = (make_augment(augmentation, generator) for generator in generators)
+    shuffle, draws, val_draws = generators = [torch.Generator() for _ in range(3)]
+    augment, augment_val = (make_augment(augmentation, draw) for draw in (draws, val_draws))
     history = {"train_loss": [], "train_accuracy": [], "val_loss": [], "val_accuracy": [],
                **({"val_accuracy_augmented": []} if augment else {}), "seconds": []}
     best_epoch, best_score, best_weights = 0, -math.inf, None
+    if interrupted:
+        history, best_epoch, best_score, best_weights = restore(
+            interrupted, history, model, optimizer, scheduler)
+    network = distribute(model)
 
-    bar = progress_bar(total=num_epochs * len(data.train), unit=" images")
-    for epoch in range(1, num_epochs + 1):
+    done = len(history["train_loss"])
+    bar = progress_bar(total=num_epochs * len(data.train), initial=done * len(data.train),
+                       unit=" images")
+    for epoch in range(done + 1, num_epochs + 1):
+        if patience and epoch - 1 - best_epoch >= patience:
+            log(f"Early stop: no better epoch than {best_epoch} for {patience} epochs")
+            break
         start = time.perf_counter()
-        torch.manual_seed(derive_seed(seed, epoch, 0))  # the shuffling and the dropout
-        for purpose, generator in enumerate(generators, start=1):
+        for purpose, generator in enumerate(generators):
             generator.manual_seed(derive_seed(seed, epoch, purpose))
+        torch.manual_seed(derive_seed(seed, epoch, 3, rank()))  # dropout, other in each process
         bar.set_description(f"epoch {epoch}/{num_epochs}", refresh=False)
 
         train_loss, train_accuracy = train_one_epoch(
-            model, data, optimizer, batch_size, augment, dtype, bar)
+            network, data, optimizer, batch_size, shuffle, augment, dtype, bar)
         seconds = time.perf_counter() - start
+        align_buffers(model)
         val_loss, val_accuracy = evaluate(model, data, data.val, dtype)
         for loss in (train_loss, val_loss):  # the last step can spoil what training did not see
             if not math.isfinite(loss):
@@ -907,19 +1070,37 @@ def fit(model, data, optimizer, scheduler, *, num_epochs, batch_size, seed, augm
             best_epoch, best_score = epoch, score
             best_weights = copy.deepcopy(model.state_dict())
             save_checkpoint(best, state)
-        save_checkpoint(latest, {**state, "best_epoch": best_epoch, "best_score": best_score,
-                                 "optimizer": optimizer.state_dict(),
-                                 "scheduler": scheduler.state_dict()})
+        save_checkpoint(latest, {**state, "optimizer": optimizer.state_dict(),
+                                 "scheduler": scheduler.state_dict(), "best_epoch": best_epoch,
+                                 "best_score": best_score, "best_model": best_weights})
 
         left = (num_epochs - epoch) * (time.perf_counter() - start)
         log(f"epoch {epoch:2}/{num_epochs}:  train loss {train_loss:.3f}, accuracy "
             f"{train_accuracy:.1%};  validation loss {val_loss:.3f}, accuracy {val_accuracy:.1%};  "
             f"{len(data.train) / seconds:,.0f} images/s, {format_seconds(left)} left")
-        if patience and epoch - best_epoch >= patience:
-            log(f"Early stop: no better epoch than {best_epoch} for {patience} epochs")
-            break
     bar.close()
     return history, best_epoch, best_weights
+
+
+def restore(state, history, model, optimizer, scheduler):
+    """Put the state of an interrupted run into model, optimizer and scheduler.
+
+    history: that of a new run, for its keys. No generator is restored, as every epoch seeds its
+    own. Returns history, best epoch, best score and the weights of the best model.
+    Raises Problem if the state is not complete.
+    """
+    try:
+        lengths = [len(state["history"][key]) for key in history]
+        if set(lengths) != {state["epoch"]}:
+            raise ValueError(f"its history is not of {state['epoch']} epochs")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        print(f"Resumed after epoch {state['epoch']}", flush=True)
+        return state["history"], state["best_epoch"], state["best_score"], state["best_model"]
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as problem:
+        raise Problem(f"the latest checkpoint is damaged ({problem}): start anew without --resume"
+                      ) from problem
 
 
 def format_seconds(seconds):
@@ -936,8 +1117,13 @@ def run_experiment(title, name, model, data, flags, dtype):
     The numbers that count are those of the best model with early stopping, else of the last one.
     title: the network and what is special about it; name: the same in the checkpoints' names.
     """
+    if process_count() > 1 and min(flags.batch_size, len(data.train)) < 2 * process_count():
+        raise Problem(f"{process_count()} processes need at least {2 * process_count()} images a "
+                      "step: raise --batch_size or --num_training", status=2)
     device = data.images.device
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=memory_format(flags.channels_last))
+    if flags.compile:
+        compile_model(model, device)
     print(f"{title}, seed {flags.seed}, on {data.name}: {len(data.train):,} training, "
           f"{len(data.val):,} validation, {len(data.test):,} test images; "
           f"{describe_device(device)}, {str(dtype).removeprefix('torch.')}", flush=True)
@@ -948,12 +1134,15 @@ def run_experiment(title, name, model, data, flags, dtype):
              "fingerprint": data.fingerprint, "classes": data.classes,
              "image_size": data.images.shape[-1], "mean": data.mean.flatten().tolist(),
              "std": data.std.flatten().tolist()}
+    latest, best = (checkpoint_path(kind, name) for kind in ("latest", "best"))
+    check_space(model, latest, best)
+    interrupted = load_interrupted(latest, about, flags.resume)
     start = time.perf_counter()
     history, best_epoch, best_weights = fit(
         model, data, optimizer, scheduler, num_epochs=flags.num_epochs,
         batch_size=flags.batch_size, seed=flags.seed, augmentation=flags.augmentation, dtype=dtype,
         patience=flags.patience if flags.earlystop else None, monitor=flags.monitor,
-        latest=checkpoint_path("latest", name), best=checkpoint_path("best", name), about=about)
+        latest=latest, best=best, about=about, interrupted=interrupted)
     if flags.earlystop:
         model.load_state_dict(best_weights)
     first, others = data.test[:1000], data.test[1000:]
@@ -963,6 +1152,8 @@ def run_experiment(title, name, model, data, flags, dtype):
         _, accuracy = evaluate(model, data, others, dtype)
         test_accuracy = (test_first_1000 * len(first) + accuracy * len(others)) / len(data.test)
     seconds = time.perf_counter() - start
+    if interrupted:
+        seconds += sum(interrupted["history"]["seconds"][:interrupted["epoch"]])
 
     epoch = best_epoch or len(history["train_loss"])
     result = {"epoch": epoch, "train_accuracy": history["train_accuracy"][epoch - 1],
@@ -981,7 +1172,9 @@ def run_experiment(title, name, model, data, flags, dtype):
         "parameters": {"trainable": count_parameters(model),
                        "all": count_parameters(model, trainable=False)},
         "peak_memory_mb": peak_memory(device), "device": describe_device(device),
-        "precision": str(dtype).removeprefix("torch."), "finished": time.strftime("%Y-%m-%d %H:%M"),
+        "precision": str(dtype).removeprefix("torch."), "channels_last": flags.channels_last,
+        "compile": flags.compile, "processes": process_count(),
+        "finished": time.strftime("%Y-%m-%d %H:%M"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "torchvision": torchvision.__version__, "numpy": np.__version__}}
 
@@ -1093,10 +1286,25 @@ def checkpoint_path(kind, name):
     return FOLDER / f"{kind}_model_{name}.ckpt"
 
 
+def check_space(model, latest, best):
+    """Raise Problem before the training if the disk has no room for its checkpoints.
+
+    They hold the weights, the best weights and two numbers of Adam for each: four times the model,
+    and twice that while the new one is not yet in the place of the old. The best: once the model.
+    """
+    size = sum(value.nbytes for value in model.state_dict().values())
+    there = sum(path.stat().st_size for path in (latest, best) if path.exists())
+    free = shutil.disk_usage(latest.parent).free
+    if free + there < 9 * size:
+        raise Problem(f"the disk of {latest.parent} has {free / 1e6:,.0f} MB left, and the "
+                      f"checkpoints need {(9 * size - there) / 1e6:,.0f} MB: make room")
+
+
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values."""
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    """Write a dict of tensors and plain values (of several processes, only one does)."""
+    if rank() == 0:
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
 
 
 def load_checkpoint(path):
@@ -1105,10 +1313,44 @@ def load_checkpoint(path):
     Raises Problem if the file is missing or damaged.
     """
     try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"its part {damaged} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch.load raises nearly everything on damaged bytes
+    except Exception as problem:  # both raise nearly everything on damaged bytes
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         raise Problem(f"{path} cannot be read as a checkpoint: {reason}") from problem
+
+
+def load_interrupted(path, about, resume):
+    """The latest checkpoint of this run, to go on from; None without --resume or a checkpoint.
+
+    about: what a checkpoint of this run would carry. Without --resume, says so if there is one.
+    Raises Problem if it is another run's, with the flags that differ, or cannot be read.
+    """
+    if not path.exists():
+        if resume:
+            print(f"There is no {path.name} yet: starting at epoch 1", flush=True)
+        return None
+    if not resume:
+        print(f"{path.name} is there already and will be replaced after the first epoch; to go on "
+              "from it, stop now and add --resume", flush=True)
+        return None
+    state = load_checkpoint(path)
+    try:
+        theirs, ours = ({**json.loads(run_identity(run["flags"])), "seed": run["flags"]["seed"],
+                         "images": f"{run['data']} ({run['fingerprint']})"}
+                        for run in (state, about))
+    except (LookupError, TypeError, AttributeError) as problem:
+        raise Problem(f"{path} is not a checkpoint of this script ({problem!r}): start anew "
+                      "without --resume") from problem
+    different = [f"{name}: {theirs.get(name)} there, {ours.get(name)} here"
+                 for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    if different:
+        raise Problem(f"{path.name} belongs to another run ({'; '.join(different)}): give the "
+                      "same flags, or start anew without --resume", status=2)
+    return state
 
 
 def slug(text):
@@ -1165,48 +1407,73 @@ def find_records(flags, fingerprint):
                    and run_identity(record["flags"]) == identity), key=lambda r: r["seed"])
 
 
-def run_missing(flags, title, data, train, done):
+def run_missing(flags, title, data, train, store):
     """Train and record a run, once for each seed.
 
     In a question, what is recorded already is not trained again (unless flags.rerun).
-    train(flags, data) returns a record; done: a set of what this process has trained.
+    train(flags, data) returns a record; store: tells whether a run was taken already, by this
+    process or another (see join_processes).
     """
     again = flags.rerun or flags.question == "none"
     recorded = [record["seed"] for record in find_records(flags, data.fingerprint)]
     for run in each_seed(flags):
-        key = (run_identity(public_flags(run)), run.seed)
-        if key in done or (run.seed in recorded and not again):
+        if run.seed in recorded and not again:
             print(f"{title}, seed {run.seed}, on {data.name}: recorded already, not run again")
+        elif store.add(f"{run_identity(public_flags(run))} {run.seed}", 1) > 1:
+            print(f"{title}, seed {run.seed}, on {data.name}: taken already, not run again")
         else:
-            save_record(train(run, data), results_folder(run))
-            done.add(key)
+            record = train(run, data)
+            if rank() == 0:
+                save_record(record, results_folder(run))
 
 
-def run_plan(plan, data, train, draw, describe):
+def run_plan(plan, data, train, draw, describe, store):
     """Run all that is planned and not recorded yet, question by question, and draw each.
 
     plan: of plan(); data: None to draw from the records only; train(flags, data) returns a record;
-    draw(question, {run: records}, flags, data); describe(flags): a title.
-    Returns {question: {run: records}}. Raises Problem if there is no record to draw from.
+    draw(question, {run: records}, flags, data); describe(flags): a title; store: of
+    join_processes. Of several processes one draws: with parallel="images" each question when it is
+    done, with "runs" all of them at the end.
+    Returns {question: {run: records}}, where it draws. Raises Problem if there is no record.
     """
-    done, results = set(), {}
-    for question, runs in plan.items():
+    def train_question(runs):
         for flags in runs.values():
-            if data:
-                check_writable(FOLDER, results_folder(flags) / "records")
-                run_missing(flags, describe(flags), data, train, done)
-        found = {run: find_records(flags, data and data.fingerprint)
-                 for run, flags in runs.items()}
-        if question == "none":  # this experiment alone, whatever other seeds are recorded
-            seeds = [run.seed for run in each_seed(flags)]
-            found = {"": [record for record in found[""] if record["seed"] in seeds]}
-        results[question] = {run: records for run, records in found.items() if records}
-        for run in found.keys() - results[question].keys():
-            print(f"Question {question}, {run}: no record with these flags", file=sys.stderr)
-        if not results[question]:
-            raise Problem(f"there is no record of question {question} with these flags in "
-                          f"{results_folder(flags) / 'records'}: run it without --redraw")
-        draw(question, results[question], flags, data)
+            check_writable(FOLDER, results_folder(flags) / "records")
+            run_missing(flags, describe(flags), data, train, store)
+
+    by_runs = data and not isinstance(store, dist.HashStore)
+    if by_runs:
+        for runs in plan.values():
+            train_question(runs)
+        if not wait_for_all(store):
+            return {}
+    results = {}
+    for question, runs in plan.items():
+        if data and not by_runs:
+            train_question(runs)
+        if rank() == 0:
+            results[question] = collect(question, runs, data and data.fingerprint)
+            draw(question, results[question], next(iter(runs.values())), data)
+    return results
+
+
+def collect(question, runs, fingerprint):
+    """The records of a question, {run: those of its seeds}, without the runs that have none.
+
+    runs: {run: flags}; fingerprint: of the data; None: the data of the latest run.
+    Raises Problem if there is no record at all.
+    """
+    found = {run: find_records(flags, fingerprint) for run, flags in runs.items()}
+    flags = next(iter(runs.values()))
+    if question == "none":  # this experiment alone, whatever other seeds are recorded
+        seeds = [run.seed for run in each_seed(flags)]
+        found = {"": [record for record in found[""] if record["seed"] in seeds]}
+    results = {run: records for run, records in found.items() if records}
+    for run in found.keys() - results.keys():
+        print(f"Question {question}, {run}: no record with these flags", file=sys.stderr)
+    if not results:
+        raise Problem(f"there is no record of question {question} with these flags in "
+                      f"{results_folder(flags) / 'records'}: run it without --redraw")
     return results
 
 
