@@ -1569,6 +1569,7 @@ QUANTITIES = {  # column of a table: its number in a record
     "Augmented validation accuracy": lambda r: of_epoch(
         r, "val_accuracy_augmented" if "val_accuracy_augmented" in r["history"]
         else "val_accuracy", r["result"]["epoch"]),
+    "Validation accuracy, recalibrated": lambda r: 100 * r["result"]["val_accuracy_recalibrated"],
     "Test accuracy": lambda r: 100 * r["result"]["test_accuracy"],
     "Test accuracy, first 1,000": lambda r: 100 * r["result"]["test_accuracy_first_1000"],
     "Model size": lambda r: r["parameters"]["trainable"],
@@ -1598,9 +1599,9 @@ def write_table(title, records, report, path, note=""):
     lines = [f"| Run | {' | '.join(columns)} | Seeds |", "|---" * (len(columns) + 2) + "|"]
     for run, cells in report.items():
         found = records.get(run, [])
-        row = [table_cell([QUANTITIES[column](record) for record in found], cells.get(column),
-                          1 if "accuracy" in column else 0) if found else "not run"
-               for column in columns]
+        row = ["" if column not in cells else "not run" if not found else
+               table_cell([QUANTITIES[column](record) for record in found], cells[column],
+                          1 if "accuracy" in column else 0) for column in columns]
         lines.append(f"| {run} | {' | '.join(row)} | {len(found)} |")
     everything = [record for found in records.values() for record in found]
     epochs = sorted({record["flags"]["num_epochs"] for record in everything})

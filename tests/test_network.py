@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import utils
-from ex3_convnet import ConvNet
+from ex3_convnet import ConvNet, recalibrate
 
 
 @pytest.mark.parametrize(("norm_flag", "size"), [(False, 7_678_474), (True, 7_682_826)])
@@ -63,3 +63,32 @@ def test_the_summary_changes_neither_the_model_nor_the_random_state(capsys):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_recalibration_estimates_the_statistics_with_dropout_off(synthetic):
+    """Against the means and variances of what each batch norm of the copy gets as its input."""
+    data = copy.copy(synthetic)
+    data.train = data.train[:60]
+    torch.manual_seed(0)
+    model = ConvNet(norm_flag=True, dropout=0.8).train()
+    for _ in range(5):  # dropout makes the variances of the moving statistics far too large
+        model(data.batch(data.train)[0])
+    before = copy.deepcopy(model.state_dict())
+    recalibrated = recalibrate(model, data, torch.float32, batch_size=60)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+    inputs = {}
+    norms = [layer for layer in recalibrated.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in norms:
+        layer.register_forward_pre_hook(lambda layer, args: inputs.update({layer: args[0]}))
+    recalibrated.train()
+    for layer in recalibrated.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.eval()
+    expected = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in norms]
+    recalibrated(data.batch(data.train)[0])
+    moved = [layer.running_var for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer, (mean, variance) in zip(norms, expected):
+        assert torch.allclose(mean, inputs[layer].mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
+        assert torch.allclose(variance, inputs[layer].var((0, 2, 3)), atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(expected[-1][1], moved[-1], rtol=0.2)
