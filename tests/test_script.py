@@ -21,6 +21,16 @@ def test_an_error_is_one_sentence(project, arguments, status, words):
     assert {path.name for path in project.folder.iterdir()} <= FILES
 
 
+@pytest.mark.parametrize("script", ["ex3_convnet.py", "ex3_pretrained.py"])
+def test_help_does_not_wait_for_pytorch(project, script):
+    (project.folder / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
+    result = project(script, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    for words in ("--num_epochs INT", "passes over the training images", "(default: 2", "recipe:"):
+        assert words in result.stdout
+    assert project(script).stderr == "PyTorch was imported\n"
+
+
 def test_importing_does_nothing(project):
     result = project("-c", "import ex3_convnet, ex3_pretrained; ex3_convnet.ConvNet(norm_flag=True,"
                      " dropout=0.5); ex3_pretrained.VGG()")

@@ -208,6 +208,46 @@ def test_bfloat16_trains_about_the_same(few):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+def test_the_layout_in_memory_changes_nothing_but_the_speed(folder, few, monkeypatch):
+    """And the images keep it, as does a batch of them."""
+    histories = []
+    for channels_last in (True, False):
+        data = utils.load_data("synthetic", 32, 100, 20, (0.5,) * 3, (0.5,) * 3,
+                               torch.device("cpu"), channels_last)
+        images, _ = data.batch(torch.arange(5))
+        assert images.is_contiguous(memory_format=utils.memory_format(channels_last))
+        flags = ex3_convnet_flags("--num_epochs=1", f"--channels_last={channels_last}")
+        data.test = data.test[:10]
+        model = small()
+        model[3].p = 0  # dropout draws in the order of the memory
+        record = utils.run_experiment("T", "t", model, data, flags, torch.float32)
+        histories.append(record["history"]["train_loss"] + record["history"]["val_loss"])
+    assert histories[0] == pytest.approx(histories[1], rel=1e-4)
+
+
+def test_a_compiled_network_trains_the_same(few):
+    losses = []
+    for compiled in (False, True):
+        model = small()
+        if compiled:
+            utils.compile_model(model, torch.device("cpu"))
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model[3].p = 0  # its draws differ when compiled
+        losses.append(utils.train_one_epoch(
+            model, few, optimizer, 200, torch.Generator().manual_seed(0), None, torch.float32,
+            utils.progress_bar())[0])
+        assert "0.weight" in model.state_dict()  # under the names of the plain network
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_without_a_compiler_compile_is_refused(monkeypatch):
+    monkeypatch.setattr(utils.shutil, "which", lambda name: None)
+    with pytest.raises(utils.Problem, match=r"C\+\+ compiler") as problem:
+        utils.compile_model(small(), torch.device("cpu"))
+    assert problem.value.status == 2
+
+
 # ------------------------------------ checkpoints and records ------------------------------------
 
 
