@@ -1,9 +1,11 @@
 """Flags: the settings at the top of a script, on the command line, and their errors."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import ex3_convnet
 import utils
@@ -99,3 +101,35 @@ def test_more_devices_than_there_are():
     with pytest.raises(utils.Problem, match="cuda:99") as problem:
         utils.choose_device("cuda:99", "auto")
     assert problem.value.status == 2
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Let PyTorch report two GPUs that compute bfloat16, and collect what is asked of it."""
+    asked = []
+    for name, value in {"is_available": True, "device_count": 2, "is_bf16_supported": True}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value, **_: value)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    return asked
+
+
+def test_cuda_is_taken_where_there_is_one_and_by_each_process_its_own(two_gpus, monkeypatch):
+    assert utils.choose_device("auto", "auto") == (torch.device("cuda:0"), torch.bfloat16)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert utils.choose_device("cuda", "float32") == (torch.device("cuda:1"), torch.float32)
+    assert utils.choose_device("cpu", "float32")[0] == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(utils.Problem, match="cuda:2 is not there: PyTorch sees 2"):
+        utils.choose_device("auto", "auto")
+
+
+def test_deterministic_asks_for_it_on_cuda_only(two_gpus, monkeypatch):
+    utils.choose_device("auto", "auto")
+    assert (two_gpus, torch.backends.cudnn.benchmark) == ([], True)
+    utils.choose_device("cpu", "auto", deterministic=True)
+    assert two_gpus == []
+    utils.choose_device("auto", "auto", deterministic=True)
+    assert (two_gpus, torch.backends.cudnn.benchmark) == ([True], False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
