@@ -20,6 +20,7 @@ CALLS = [call.strip() for block in BLOCKS for call in re.split(r"&&|\n", block) 
 
 @pytest.mark.parametrize("call", [call for call in CALLS if "ex3_" in call])
 def test_a_command_parses(call):
+    call = call.replace("torchrun --nproc_per_node=4", "python")
     python, script, *arguments = shlex.split(call, comments=True)
     assert python == ".venv/bin/python"
     if arguments == ["--help"]:
@@ -42,8 +43,8 @@ def test_the_first_three_commands_set_up_everything():
 
 
 def test_every_other_command_is_known():
-    known = (".venv/bin/python ", "python3 -m venv .venv", ".venv/bin/pip install -r requirements",
-             ".venv/bin/ruff check .", ".venv/bin/pytest")
+    known = (".venv/bin/python ", ".venv/bin/torchrun ", "python3 -m venv .venv",
+             ".venv/bin/pip install -r requirements", ".venv/bin/ruff check .", ".venv/bin/pytest")
     assert all(call.startswith(known) for call in CALLS)
 
 
