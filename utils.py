@@ -49,6 +49,27 @@ class Problem(Exception):
         self.status = status
 
 
+def is_first():
+    """Whether this process speaks for all that torchrun has started, where all would say the same.
+
+    A script that is started without torchrun always does.
+    """
+    return os.environ.get("RANK", "0") == "0"
+
+
+def let_first_speak():
+    """Call it before an error: of an error of all processes, only the first one's is to be read."""
+    if not is_first():
+        time.sleep(3)  # meanwhile torchrun ends this process, if the first has ended too
+
+
+def leave(sentence, status):
+    """End the process with a sentence on stderr."""
+    let_first_speak()
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    sys.exit(status)
+
+
 def run_script(main):
     """Call main() and leave the process with a sentence instead of a traceback for a Problem."""
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no error
@@ -58,27 +79,23 @@ def run_script(main):
         if dist.is_initialized():
             dist.destroy_process_group()
     except Problem as problem:
-        print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
-        sys.exit(problem.status)
-    except dist.DistError as problem:  # that process tells why, and torchrun ends the others
-        print(f"{Path(sys.argv[0]).name}: another process has ended ({problem})", file=sys.stderr)
-        sys.exit(1)
+        leave(problem, problem.status)
     except (MemoryError, RuntimeError) as problem:
+        if isinstance(problem, dist.DistError) or "/gloo/" in str(problem):
+            leave("another process has ended", 1)  # it tells why, or else torchrun does
         if not (isinstance(problem, (MemoryError, torch.OutOfMemoryError))
                 or "DefaultCPUAllocator" in str(problem)):
             raise
-        print(f"{Path(sys.argv[0]).name}: the device is out of memory; try a smaller --batch_size "
-              "or --device=cpu", file=sys.stderr)
-        sys.exit(1)
+        leave("the device is out of memory; try a smaller --batch_size or --device=cpu", 1)
     except BrokenPipeError:  # the reader of the output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as problem:
-        print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
-        sys.exit(1)
+        leave(problem, 1)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted; the state after the last full epoch is "
-              "kept: the same command with --resume goes on from there", file=sys.stderr)
+        if is_first():  # torchrun interrupts all processes, and waits for them
+            leave("interrupted; the state after the last full epoch is kept: the same command "
+                  "with --resume goes on from there", 130)
         sys.exit(130)
 
 
@@ -119,6 +136,7 @@ class FlagParser(argparse.ArgumentParser):
     """argparse, with one sentence and exit code 2 for a wrong flag instead of a page of usage."""
 
     def error(self, message):
+        let_first_speak()
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')} (--help lists the flags)\n")
 
     def parse_args(self, argv=None, namespace=None):
