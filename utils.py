@@ -366,7 +366,7 @@ def align_buffers(model):
 
 def wait_for_all(store):
     """With parallel="runs": whether this is the one process that draws, when all are done."""
-    if int(os.environ["RANK"]):
+    if not is_first():
         store.add("finished", 1)
         return False
     while store.add("finished", 0) < int(os.environ["WORLD_SIZE"]) - 1:
@@ -1455,11 +1455,11 @@ def run_plan(plan, data, train, draw, describe, store):
     Returns {question: {run: records}}, where it draws. Raises Problem if there is no record.
     """
     def train_question(runs):
-        for flags in runs.values():
+        for flags in runs.values() if data else ():
             check_writable(FOLDER, results_folder(flags) / "records")
             run_missing(flags, describe(flags), data, train, store)
 
-    by_runs = data and not isinstance(store, dist.HashStore)
+    by_runs = not isinstance(store, dist.HashStore)
     if by_runs:
         for runs in plan.values():
             train_question(runs)
@@ -1467,7 +1467,7 @@ def run_plan(plan, data, train, draw, describe, store):
             return {}
     results = {}
     for question, runs in plan.items():
-        if data and not by_runs:
+        if not by_runs:
             train_question(runs)
         if rank() == 0:
             results[question] = collect(question, runs, data and data.fingerprint)
