@@ -336,6 +336,15 @@ def add_up(*numbers):
     return totals.tolist()  # the one wait for a GPU in a whole epoch
 
 
+def ask_first(function, *arguments):
+    """What function(*arguments) returns on rank 0, on all processes: they have to agree on what the
+    files say, though another program may write one at this moment, or machines have their own."""
+    answer = [function(*arguments) if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    return answer[0]
+
+
 @contextlib.contextmanager
 def first_process_first():
     """Rank 0 goes in alone, the others when it is done: they find what it has downloaded."""
@@ -1154,7 +1163,7 @@ def run_experiment(title, name, model, data, flags, dtype):
              "std": data.std.flatten().tolist()}
     latest, best = (checkpoint_path(kind, name) for kind in ("latest", "best"))
     check_space(model, latest, best)
-    interrupted = load_interrupted(latest, about, flags.resume)
+    interrupted = ask_first(load_interrupted, latest, about, flags.resume)
     start = time.perf_counter()
     history, best_epoch, best_weights = fit(
         model, data, optimizer, scheduler, num_epochs=flags.num_epochs,
@@ -1433,7 +1442,7 @@ def run_missing(flags, title, data, train, store):
     process or another (see join_processes).
     """
     again = flags.rerun or flags.question == "none"
-    recorded = [record["seed"] for record in find_records(flags, data.fingerprint)]
+    recorded = [r["seed"] for r in ask_first(find_records, flags, data.fingerprint)]
     for run in each_seed(flags):
         if run.seed in recorded and not again:
             print(f"{title}, seed {run.seed}, on {data.name}: recorded already, not run again")
