@@ -460,7 +460,7 @@ def load_data(dataset, image_size, num_training, num_validation, mean, std, devi
         mean=torch.tensor(mean, device=device).view(1, 3, 1, 1),
         std=torch.tensor(std, device=device).view(1, 3, 1, 1))
     absent = set(range(len(classes))) - set(data.labels[data.val].tolist())
-    if absent:
+    if absent and is_first():
         print(f"Warning: no validation image of class {', '.join(classes[i] for i in absent)}: "
               "the last training images in the order of their file names validate, so give the "
               "files names in random order", file=sys.stderr)
@@ -1444,14 +1444,18 @@ def run_missing(flags, title, data, train, store):
     again = flags.rerun or flags.question == "none"
     recorded = [r["seed"] for r in ask_first(find_records, flags, data.fingerprint)]
     for run in each_seed(flags):
+        done = None
         if run.seed in recorded and not again:
-            print(f"{title}, seed {run.seed}, on {data.name}: recorded already, not run again")
+            done = "recorded"
         elif store.add(f"{run_identity(public_flags(run))} {run.seed}", 1) > 1:
-            print(f"{title}, seed {run.seed}, on {data.name}: taken already, not run again")
-        else:
-            record = train(run, data)
-            if rank() == 0:
-                save_record(record, results_folder(run))
+            done = "taken"
+        if done and is_first():
+            print(f"{title}, seed {run.seed}, on {data.name}: {done} already, not run again")
+        if done:
+            continue
+        record = train(run, data)
+        if rank() == 0:
+            save_record(record, results_folder(run))
 
 
 def run_plan(plan, data, train, draw, describe, store):
