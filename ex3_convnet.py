@@ -339,9 +339,9 @@ def main(argv=None):
     flags = utils.parse_flags(globals(), argv)
     plan = utils.plan(flags, QUESTIONS)
     device, dtype = utils.choose_device(flags.device, flags.precision, flags.deterministic)
+    store = utils.join_processes(flags.parallel, device)
     if flags.predict:
         return utils.predict(flags, experiment_name(flags), build, device, dtype)
-    store = utils.join_processes(flags.parallel, device)
     data = None if flags.redraw else utils.load_data(
         flags.dataset, flags.image_size, flags.num_training, flags.num_validation, MEAN, STD,
         device, flags.channels_last)

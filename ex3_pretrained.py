@@ -290,9 +290,9 @@ def main(argv=None):
         raise utils.Problem("--pretrained=False with --fine_tune=False would freeze random "
                             "features: leave one of them True", status=2)
     device, dtype = utils.choose_device(flags.device, flags.precision, flags.deterministic)
+    store = utils.join_processes(flags.parallel, device)
     if flags.predict:
         return utils.predict(flags, experiment_name(flags), build, device, dtype)
-    store = utils.join_processes(flags.parallel, device)
     data = None if flags.redraw else utils.load_data(
         flags.dataset, flags.image_size, flags.num_training, flags.num_validation, MEAN, STD,
         device, flags.channels_last)
