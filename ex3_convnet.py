@@ -145,7 +145,7 @@ def recalibrate(model, data, dtype, batch_size=500):
     """
     model = copy.deepcopy(model).eval()
     for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm, too
             layer.reset_running_stats()
             layer.momentum = None  # the mean over all batches, not a moving one
             layer.train()
