@@ -1344,6 +1344,9 @@ def load_checkpoint(path):
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"its part {damaged} is damaged")
+                # what is marked as a folder is not read, and the numbers would be anything
+                if any(part.external_attr & 0x10 for part in archive.infolist()):
+                    raise ValueError("a part of it is marked as a folder")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # both raise nearly everything on damaged bytes
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
