@@ -45,7 +45,7 @@ class Problem(Exception):
     """
 
     def __init__(self, sentence, status=1):
-        super().__init__(sentence)
+        super().__init__(re.sub(r"\s*\n\s*", " ", sentence))  # PyTorch's reasons have many lines
         self.status = status
 
 
