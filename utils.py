@@ -1289,6 +1289,7 @@ def replacing(path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        delete_leftovers(path)
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as problem:  # torch.save raises the latter on a full disk
@@ -1296,6 +1297,17 @@ def replacing(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def delete_leftovers(path, seconds=3600):
+    """Delete the temporary files that killed processes have left of `path`.
+
+    Not the younger ones: another process may be writing them.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(OSError):  # another process has deleted it
+            if time.time() - leftover.stat().st_mtime > seconds:
+                leftover.unlink()
 
 
 def check_writable(*folders):
