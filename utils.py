@@ -1423,14 +1423,44 @@ def save_record(record, folder):
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
+def check_record(record):
+    """Raise an error unless all is there that figures and tables read, and is possible."""
+    flags, result, history = record["flags"], record["result"], record["history"]
+    run_identity(flags)
+    for key in ("title", "data", "fingerprint", "finished"):
+        record[key].encode()  # a text, and one that can be written
+    epochs = len(history["val_accuracy"])
+    best_epoch = record["best_epoch"]
+    if best_epoch is None and not flags["earlystop"]:
+        best_epoch = 1
+    counts = [record["images"]["train"], record["images"]["val"], result["epoch"], best_epoch,
+              record["parameters"]["trainable"], record["seed"] + 1]
+    if not all(isinstance(count, int) and 1 <= count < 2**63 for count in counts):
+        raise ValueError("a number of images, epochs or parameters is impossible")
+    if max(result["epoch"], best_epoch) > epochs or set(map(len, history.values())) != {epochs}:
+        raise ValueError("its history is not complete")
+    accuracies = [result[key] for key in {*result, "train_accuracy", "val_accuracy",
+                                          "test_accuracy", "test_accuracy_first_1000"} - {"epoch"}]
+    accuracies += sum((values for key, values in history.items() if "accuracy" in key), [])
+    losses = history["train_loss"] + history["val_loss"]
+    filters = [record["filters"][when] for when in ("before", "after") if "norm_flag" in flags]
+    if filters and np.shape(filters) != (2, 128, 3, 3, 3):
+        raise ValueError("its filters are not 128 of 3 x 3 x 3")
+    if not (all(0 <= accuracy <= 1 for accuracy in accuracies)
+            and all(0 <= loss < 1e39 for loss in losses)  # float32 ends there
+            and np.all(np.abs(np.array(filters, float)) < 1e39)):
+        raise ValueError("an accuracy, loss or filter is impossible")
+
+
 def load_records(folder):
     """All records in a folder. Raises Problem for a file that is none."""
     records = []
     for path in sorted((folder / "records").glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            run_identity(record["flags"]), record["result"], record["history"], record["seed"]
-        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            check_record(record)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+                RecursionError) as problem:
             raise Problem(f"{path} is no record of a run ({problem!r}): delete it") from problem
         records.append(record)
     return records
