@@ -49,6 +49,11 @@ class Problem(Exception):
         self.status = status
 
 
+# what Python raises when a file that was read well holds something else than expected
+MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError,
+             RuntimeError)  # too deep a recursion is one of the last
+
+
 def is_first():
     """Whether this process speaks for all that torchrun has started, where all would say the same.
 
@@ -1117,15 +1122,26 @@ def restore(state, history, model, optimizer, scheduler):
     Raises Problem if the state is not complete.
     """
     try:
-        lengths = [len(state["history"][key]) for key in history]
-        if set(lengths) != {state["epoch"]}:
-            raise ValueError(f"its history is not of {state['epoch']} epochs")
+        epoch, best_epoch = state["epoch"], state["best_epoch"]
+        numbers = np.array([state["history"][key] for key in history], float)
+        most = np.array([[1 if "accuracy" in key else 1e39] for key in history])  # as in a record
+        if numbers.shape != (len(history), epoch) or not (
+                (numbers >= 0) & (numbers <= most)).all():
+            raise ValueError(f"its history is not of {epoch} epochs")
+        if not (isinstance(epoch, int) and isinstance(best_epoch, int) and best_epoch <= epoch
+                and isinstance(state["best_score"], float)):
+            raise ValueError("its best epoch is impossible")
+        if best_epoch:
+            model.load_state_dict(state["best_model"])  # it has to fit, at the end
         model.load_state_dict(state["model"])
+        if state["scheduler"].keys() != scheduler.state_dict().keys():
+            raise ValueError("its schedule is not complete")
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        print(f"Resumed after epoch {state['epoch']}", flush=True)
-        return state["history"], state["best_epoch"], state["best_score"], state["best_model"]
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as problem:
+        print(f"Resumed after epoch {epoch}", flush=True)
+        history = dict(zip(history, numbers.tolist()))
+        return history, best_epoch, state["best_score"], state["best_model"]
+    except MALFORMED as problem:
         raise Problem(f"the latest checkpoint is damaged ({problem}): start anew without --resume"
                       ) from problem
 
@@ -1252,11 +1268,11 @@ def predict(flags, name, build, device, dtype):
         size, classes = state["image_size"], state["classes"]
         model = build(argparse.Namespace(**state["flags"]), len(classes), size)
         model.load_state_dict(state["model"])
-        mean, std = (torch.tensor(state[key], device=device).view(1, 3, 1, 1)
+        mean, std = (torch.as_tensor(state[key], device=device).view(1, 3, 1, 1)
                      for key in ("mean", "std"))
         print(f"{state['title']}, trained on {state['data']} for {state['epoch']} epochs "
               f"({path.name})")
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as problem:
+    except MALFORMED as problem:
         raise Problem(f"{path} is not a checkpoint of this script: {problem}") from problem
     model.to(device).eval()
     for image_path in list_images(flags.predict):
@@ -1384,7 +1400,7 @@ def load_interrupted(path, about, resume):
         theirs, ours = ({**json.loads(run_identity(run["flags"])), "seed": run["flags"]["seed"],
                          "images": f"{run['data']} ({run['fingerprint']})"}
                         for run in (state, about))
-    except (LookupError, TypeError, AttributeError) as problem:
+    except MALFORMED as problem:
         raise Problem(f"{path} is not a checkpoint of this script ({problem!r}): start anew "
                       "without --resume") from problem
     different = [f"{name}: {theirs.get(name)} there, {ours.get(name)} here"
@@ -1459,8 +1475,7 @@ def load_records(folder):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             check_record(record)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
-                RecursionError) as problem:
+        except (OSError, *MALFORMED) as problem:
             raise Problem(f"{path} is no record of a run ({problem!r}): delete it") from problem
         records.append(record)
     return records
