@@ -115,7 +115,7 @@ class ConvNet(nn.Module):
             layers.append(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1))
             if norm_flag:
                 layers.append(nn.BatchNorm2d(outputs))
-            layers += [nn.MaxPool2d(kernel_size=2), nn.ReLU()]
+            layers += [nn.MaxPool2d(kernel_size=2), nn.ReLU(inplace=True)]
             if dropout:
                 layers.append(nn.Dropout(dropout))
         head = nn.Linear(CHANNELS[-1] * (image_size // 2**len(CHANNELS)) ** 2, num_classes)
