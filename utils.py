@@ -1393,10 +1393,29 @@ def load_checkpoint(path):
         raise Problem(f"{path} cannot be read as a checkpoint: {reason}") from problem
 
 
+def keep_aside(path, seconds=600):
+    """Before a new run takes the place of a checkpoint, say so; rename that of an unfinished run.
+
+    seconds: a run that was trained for less is not worth the space.
+    """
+    with contextlib.suppress(Problem, *MALFORMED):  # what cannot be read can be replaced
+        state = load_checkpoint(path)
+        epoch, most = state["epoch"], state["flags"]["num_epochs"]
+        if epoch < most and sum(state["history"]["seconds"]) > seconds:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+            kept = path.with_name(f"{path.stem}_epoch{epoch}_{digest}.ckpt")
+            os.replace(path, kept)
+            print(f"{path.name} holds epoch {epoch} of {most} of a run: kept as {kept.name}; to go "
+                  "on with that run, rename it back and add --resume", flush=True)
+            return
+    print(f"{path.name} is there already and will be replaced after the first epoch; to go on "
+          "from it, stop now and add --resume", flush=True)
+
+
 def load_interrupted(path, about, resume):
     """The latest checkpoint of this run, to go on from; None without --resume or a checkpoint.
 
-    about: what a checkpoint of this run would carry. Without --resume, says so if there is one.
+    about: what a checkpoint of this run would carry. Without --resume, see keep_aside.
     Raises Problem if it is another run's, with the flags that differ, or cannot be read.
     """
     if not path.exists():
@@ -1404,8 +1423,7 @@ def load_interrupted(path, about, resume):
             print(f"There is no {path.name} yet: starting at epoch 1", flush=True)
         return None
     if not resume:
-        print(f"{path.name} is there already and will be replaced after the first epoch; to go on "
-              "from it, stop now and add --resume", flush=True)
+        keep_aside(path)
         return None
     state = load_checkpoint(path)
     try:

@@ -201,6 +201,26 @@ def test_without_resume_a_checkpoint_is_announced_before_it_is_replaced(small, e
     assert len(epochs) == 4
 
 
+def test_hours_of_an_unfinished_run_are_not_replaced(small, epochs, capsys):
+    """By a run of the same name: their checkpoint is renamed, and can be resumed."""
+    with interrupted(2):
+        ex3_convnet.main(TINY)
+    path = small / "latest_model_convnet.ckpt"
+    state = utils.load_checkpoint(path)
+    state["history"]["seconds"] = [7200.0]
+    utils.save_checkpoint(path, state)
+    good = path.read_bytes()
+    ex3_convnet.main([*TINY, "--learning_rate=0.1"])
+    kept, = set(small.glob("*.ckpt")) - {path}
+    assert kept.read_bytes() == good
+    assert f"epoch 1 of 2 of a run: kept as {kept.name}" in capsys.readouterr().out
+    ex3_convnet.main([*TINY, "--learning_rate=0.2"])  # a finished run is not kept
+    assert set(small.glob("*.ckpt")) == {kept, path}
+    kept.rename(path)
+    ex3_convnet.main([*TINY, "--resume"])
+    assert "Resumed after epoch 1" in capsys.readouterr().out
+
+
 def test_an_interrupted_question_resumes_in_the_middle_of_a_run(small, epochs, capsys):
     argv = [*TINY, "--question=2a", "--num_epochs=3"]
     with interrupted(5):  # the second of the second run
@@ -341,7 +361,6 @@ def test_two_processes_at_once_leave_valid_files(start, tmp_path):
         with Image.open(path) as image:
             image.load()
     assert temporary_files(tmp_path) == []
-
 
 
 def test_what_a_killed_process_has_left_is_deleted_when_nobody_can_be_writing_it(tmp_path):
