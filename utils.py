@@ -932,9 +932,8 @@ def choose_device(device, precision, deterministic=False):
         precision = "bfloat16" if native else "float32"
     keep_memory()
     torch.backends.cudnn.benchmark = not deterministic  # try which convolutions are the fastest
-    if deterministic and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older releases ask for it
+    torch.use_deterministic_algorithms(deterministic and device.type == "cuda")
     return device, getattr(torch, precision)
 
 
@@ -1647,9 +1646,10 @@ def draw_curves(axis, records, quantity, parts=("train", "val")):
             continue
         length = min(map(len, runs))
         values = np.array([run[:length] for run in runs]) * (100 if quantity == "accuracy" else 1)
-        epochs, mean, deviation = np.arange(1, length + 1), values.mean(0), values.std(0)
+        epochs, mean = np.arange(1, length + 1), values.mean(0)
         axis.plot(epochs, mean, **styles[part])
         if len(runs) > 1:
+            deviation = values.std(0, ddof=1)  # as in the tables
             axis.fill_between(epochs, mean - deviation, mean + deviation, alpha=0.25, linewidth=0,
                               color=styles[part]["color"])
         top = max(top, mean.max())

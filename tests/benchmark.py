@@ -169,6 +169,10 @@ def main():
         if device.type == "cuda" and augmentation == "none":
             times = measure(network, augmentation, data, device, dtype, compiled=True)
             print_row(f"{name}, compiled", times, len(data.train), flop)
+            utils.choose_device("auto", "auto", deterministic=True)
+            times = measure(network, augmentation, data, device, dtype)
+            print_row(f"{name}, deterministic", times, len(data.train), flop)
+            utils.choose_device("auto", "auto")
     print(f"\nPeak memory: {utils.peak_memory(device):,} MB")
 
 

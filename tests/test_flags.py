@@ -126,10 +126,8 @@ def test_cuda_is_taken_where_there_is_one_and_by_each_process_its_own(two_gpus, 
 
 
 def test_deterministic_asks_for_it_on_cuda_only(two_gpus, monkeypatch):
-    utils.choose_device("auto", "auto")
-    assert (two_gpus, torch.backends.cudnn.benchmark) == ([], True)
-    utils.choose_device("cpu", "auto", deterministic=True)
-    assert two_gpus == []
-    utils.choose_device("auto", "auto", deterministic=True)
-    assert (two_gpus, torch.backends.cudnn.benchmark) == ([True], False)
+    for device, deterministic in ("auto", False), ("cpu", True), ("auto", True):
+        utils.choose_device(device, "auto", deterministic)
+        assert torch.backends.cudnn.benchmark is not deterministic
+    assert two_gpus == [False, False, True]
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
