@@ -1397,7 +1397,8 @@ def keep_aside(path, seconds=600):
 
     seconds: a run that was trained for less is not worth the space.
     """
-    with contextlib.suppress(Problem, *MALFORMED):  # what cannot be read can be replaced
+    # what cannot be read can be replaced; what is gone, another process has renamed
+    with contextlib.suppress(Problem, FileNotFoundError, *MALFORMED):
         state = load_checkpoint(path)
         epoch, most = state["epoch"], state["flags"]["num_epochs"]
         if epoch < most and sum(state["history"]["seconds"]) > seconds:

@@ -221,6 +221,22 @@ def test_hours_of_an_unfinished_run_are_not_replaced(small, epochs, capsys):
     assert "Resumed after epoch 1" in capsys.readouterr().out
 
 
+def test_a_checkpoint_that_another_process_renames_meanwhile_is_no_error(
+        small, epochs, monkeypatch):
+    def load_and_rename(path):
+        state = load(path)
+        state["history"]["seconds"] = [7200.0]
+        path.rename(small / "kept.ckpt")
+        return state
+
+    with interrupted(2):
+        ex3_convnet.main(TINY)
+    load = utils.load_checkpoint
+    monkeypatch.setattr(utils, "load_checkpoint", load_and_rename)
+    ex3_convnet.main(TINY)
+    assert len(epochs) == 2 + 2
+
+
 def test_an_interrupted_question_resumes_in_the_middle_of_a_run(small, epochs, capsys):
     argv = [*TINY, "--question=2a", "--num_epochs=3"]
     with interrupted(5):  # the second of the second run
