@@ -385,6 +385,18 @@ def test_two_processes_at_once_leave_valid_files(start, tmp_path):
     assert temporary_files(tmp_path) == []
 
 
+def test_two_processes_that_write_a_file_at_once_do_not_share_a_temporary_one(
+        tmp_path, monkeypatch):
+    path = tmp_path / "model.ckpt"
+    with utils.replacing(path) as ours:
+        ours.write_text("ours")
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        utils.save_checkpoint(path, {"theirs": 1})
+        assert utils.load_checkpoint(path) == {"theirs": 1}
+    assert path.read_text() == "ours"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_what_a_killed_process_has_left_is_deleted_when_nobody_can_be_writing_it(tmp_path):
     path = tmp_path / "model.ckpt"
     for process, minutes in (1, 90), (2, 1):
