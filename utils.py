@@ -1402,8 +1402,7 @@ def keep_aside(path, seconds=600):
         state = load_checkpoint(path)
         epoch, most = state["epoch"], state["flags"]["num_epochs"]
         if epoch < most and sum(state["history"]["seconds"]) > seconds:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-            kept = path.with_name(f"{path.stem}_epoch{epoch}_{digest}.ckpt")
+            kept = path.with_name(f"{path.stem}_epoch{epoch}_{sha256(path)[:8]}.ckpt")
             os.replace(path, kept)
             print(f"{path.name} holds epoch {epoch} of {most} of a run: kept as {kept.name}; to go "
                   "on with that run, rename it back and add --resume", flush=True)
