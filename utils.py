@@ -1554,7 +1554,8 @@ def run_plan(plan, data, train, draw, describe, store):
     draw(question, {run: records}, flags, data); describe(flags): a title; store: of
     join_processes. Of several processes one draws: with parallel="images" each question when it is
     done, with "runs" all of them at the end.
-    Returns {question: {run: records}}, where it draws. Raises Problem if there is no record.
+    Returns {question: {run: records}}, where it draws. A question without any record is left out;
+    raises Problem if that is so for all.
     """
     def train_question(runs):
         for flags in runs.values() if data else ():
@@ -1571,9 +1572,14 @@ def run_plan(plan, data, train, draw, describe, store):
     for question, runs in plan.items():
         if not by_runs:
             train_question(runs)
-        if rank() == 0:
-            results[question] = collect(question, runs, data and data.fingerprint)
-            draw(question, results[question], next(iter(runs.values())), data)
+        found = collect(question, runs, data and data.fingerprint) if rank() == 0 else {}
+        if found:
+            results[question] = found
+            draw(question, found, next(iter(runs.values())), data)
+    if rank() == 0 and not results:
+        flags = next(iter(runs.values()))
+        raise Problem(f"there is no record of question {', '.join(plan)} with these flags in "
+                      f"{results_folder(flags) / 'records'}: run it without --redraw")
     return results
 
 
@@ -1581,20 +1587,17 @@ def collect(question, runs, fingerprint):
     """The records of a question, {run: those of its seeds}, without the runs that have none.
 
     runs: {run: flags}; fingerprint: of the data; None: the data of the latest run.
-    Raises Problem if there is no record at all.
     """
     found = {run: find_records(flags, fingerprint) for run, flags in runs.items()}
     flags = next(iter(runs.values()))
     if question == "none":  # this experiment alone, whatever other seeds are recorded
         seeds = [run.seed for run in each_seed(flags)]
         found = {"": [record for record in found[""] if record["seed"] in seeds]}
-    results = {run: records for run, records in found.items() if records}
-    for run in found.keys() - results.keys():
-        print(f"Question {question}, {run}: no record with these flags", file=sys.stderr)
-    if not results:
-        raise Problem(f"there is no record of question {question} with these flags in "
-                      f"{results_folder(flags) / 'records'}: run it without --redraw")
-    return results
+    missing = [run for run, records in found.items() if not records]
+    if any(missing):
+        print(f"Question {question}: no record with these flags of {'; '.join(missing)}",
+              file=sys.stderr)
+    return {run: records for run, records in found.items() if records}
 
 
 # ============================================ figures ============================================

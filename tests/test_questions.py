@@ -286,4 +286,13 @@ def test_a_table_tells_which_run_is_missing(small, folder, capsys):
     ex3_convnet.main([*TINY, "--question=2a", "--redraw"])
     assert "| with batch norm | not run |" in (
         folder / "figures/synthetic-60/table_1.md").read_text()
-    assert "with batch norm: no record" in capsys.readouterr().err
+    assert "Question 2a: no record with these flags of with batch norm" in capsys.readouterr().err
+
+
+def test_redrawing_all_leaves_out_a_question_without_records(small, folder, capsys):
+    ex3_convnet.main([*TINY, "--question=1"])
+    results = ex3_convnet.main([*TINY, "--question=all", "--redraw"])
+    assert list(results) == ["1", "2a"]
+    assert "Question 3b: no record with these flags of dropout 0.1; drop" in capsys.readouterr().err
+    with pytest.raises(utils.Problem, match="no record of question 1, 2a, 2b, 3a, 3b with"):
+        ex3_convnet.main([*TINY, "--question=all", "--redraw", "--reg=0.5"])
