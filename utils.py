@@ -1484,9 +1484,13 @@ def check_record(record):
         raise ValueError("a number of images, epochs or parameters is impossible")
     if max(result["epoch"], best_epoch) > epochs or set(map(len, history.values())) != {epochs}:
         raise ValueError("its history is not complete")
-    accuracies = [result[key] for key in {*result, "train_accuracy", "val_accuracy",
-                                          "test_accuracy", "test_accuracy_first_1000"} - {"epoch"}]
+    needed = {"train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_first_1000"}
+    if flags.get("norm_flag") and flags["dropout"]:
+        needed.add("val_accuracy_recalibrated")
+    accuracies = [result[key] for key in needed | set(result) - {"epoch"}]
     accuracies += sum((values for key, values in history.items() if "accuracy" in key), [])
+    if flags["augmentation"] != "none" and "val_accuracy_augmented" not in history:
+        raise ValueError("the augmented validation accuracy is missing")
     losses = history["train_loss"] + history["val_loss"]
     filters = [record["filters"][when] for when in ("before", "after") if "norm_flag" in flags]
     if filters and np.shape(filters) != (2, 128, 3, 3, 3):

@@ -586,7 +586,9 @@ def test_a_record_with_an_impossible_value_is_named(small):
             ("parameters", "trainable", 10**400), ("best_epoch", "x"), ("best_epoch", 3),
             ("seed", -1), ("title", 5), ("data", "\ud800"), ("finished", None),
             ("filters", "before", nan), ("filters", {"before": [1], "after": [1]}),
-            ("filters", None), ("flags", {})]:
+            ("filters", None), ("flags", {}),
+            ("flags", {**record["flags"], "augmentation": "scaling"}),  # whose accuracy is missing
+            ("flags", {**record["flags"], "norm_flag": True, "dropout": 0.5})]:  # recalibrated
         bad = parent = copy.deepcopy(record)
         for name in outer:
             parent = parent[name]
