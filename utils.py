@@ -1066,12 +1066,11 @@ def fit(model, data, optimizer, scheduler, *, num_epochs, batch_size, seed, augm
     """
     shuffle, draws, val_draws = generators = [torch.Generator() for _ in range(3)]
     augment, augment_val = (make_augment(augmentation, draw) for draw in (draws, val_draws))
-    history = {"train_loss": [], "train_accuracy": [], "val_loss": [], "val_accuracy": [],
-               **({"val_accuracy_augmented": []} if augment else {}), "seconds": []}
+    history = {key: [] for key in history_keys(augmentation)}
     best_epoch, best_score, best_weights = 0, -math.inf, None
     if interrupted:
         history, best_epoch, best_score, best_weights = restore(
-            interrupted, history, model, optimizer, scheduler)
+            interrupted, augmentation, model, optimizer, scheduler)
     network = distribute(model)
 
     done = len(history["train_loss"])
@@ -1125,19 +1124,33 @@ def fit(model, data, optimizer, scheduler, *, num_epochs, batch_size, seed, augm
     return history, best_epoch, best_weights
 
 
-def restore(state, history, model, optimizer, scheduler):
+def history_keys(augmentation):
+    """What is written down of every epoch."""
+    return ("train_loss", "train_accuracy", "val_loss", "val_accuracy",
+            *["val_accuracy_augmented"] * (augmentation != "none"), "seconds")
+
+
+def check_history(history, augmentation):
+    """A history as plain lists of numbers. Raises an error unless it is complete and possible."""
+    keys = history_keys(augmentation)
+    numbers = np.array([history[key] for key in keys])
+    most = np.array([[1 if "accuracy" in key else 1e39] for key in keys])  # float32 ends there
+    if (numbers.ndim != 2 or numbers.dtype.kind not in "fi"
+            or not ((numbers >= 0) & (numbers <= most)).all()):
+        raise ValueError("its history is not complete or not possible")
+    return dict(zip(keys, numbers.tolist()))
+
+
+def restore(state, augmentation, model, optimizer, scheduler):
     """Put the state of an interrupted run into model, optimizer and scheduler.
 
-    history: that of a new run, for its keys. No generator is restored, as every epoch seeds its
-    own. Returns history, best epoch, best score and the weights of the best model.
-    Raises Problem if the state is not complete.
+    No generator is restored, as every epoch seeds its own. Returns history, best epoch, best score
+    and the weights of the best model. Raises Problem if the state is not complete.
     """
     try:
         epoch, best_epoch = state["epoch"], state["best_epoch"]
-        numbers = np.array([state["history"][key] for key in history], float)
-        most = np.array([[1 if "accuracy" in key else 1e39] for key in history])  # as in a record
-        if numbers.shape != (len(history), epoch) or not (
-                (numbers >= 0) & (numbers <= most)).all():
+        history = check_history(state["history"], augmentation)
+        if len(history["val_loss"]) != epoch:
             raise ValueError(f"its history is not of {epoch} epochs")
         if not (isinstance(epoch, int) and isinstance(best_epoch, int) and best_epoch <= epoch
                 and isinstance(state["best_score"], float)):
@@ -1150,7 +1163,6 @@ def restore(state, history, model, optimizer, scheduler):
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         print(f"Resumed after epoch {epoch}", flush=True)
-        history = dict(zip(history, numbers.tolist()))
         return history, best_epoch, state["best_score"], state["best_model"]
     except MALFORMED as problem:
         raise Problem(f"the latest checkpoint is damaged ({problem}): start anew without --resume"
@@ -1470,11 +1482,11 @@ def save_record(record, folder):
 
 def check_record(record):
     """Raise an error unless all is there that figures and tables read, and is possible."""
-    flags, result, history = record["flags"], record["result"], record["history"]
+    flags, result = record["flags"], record["result"]
     run_identity(flags)
     for key in ("title", "data", "fingerprint", "finished"):
         record[key].encode()  # a text, and one that can be written
-    epochs = len(history["val_accuracy"])
+    epochs = len(check_history(record["history"], flags["augmentation"])["val_loss"])
     best_epoch = record["best_epoch"]
     if best_epoch is None and not flags["earlystop"]:
         best_epoch = 1
@@ -1482,23 +1494,18 @@ def check_record(record):
               record["parameters"]["trainable"], record["seed"] + 1]
     if not all(isinstance(count, int) and 1 <= count < 2**63 for count in counts):
         raise ValueError("a number of images, epochs or parameters is impossible")
-    if max(result["epoch"], best_epoch) > epochs or set(map(len, history.values())) != {epochs}:
-        raise ValueError("its history is not complete")
+    if max(result["epoch"], best_epoch) > epochs:
+        raise ValueError(f"its history has only {epochs} epochs")
     needed = {"train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_first_1000"}
     if flags.get("norm_flag") and flags["dropout"]:
         needed.add("val_accuracy_recalibrated")
     accuracies = [result[key] for key in needed | set(result) - {"epoch"}]
-    accuracies += sum((values for key, values in history.items() if "accuracy" in key), [])
-    if flags["augmentation"] != "none" and "val_accuracy_augmented" not in history:
-        raise ValueError("the augmented validation accuracy is missing")
-    losses = history["train_loss"] + history["val_loss"]
     filters = [record["filters"][when] for when in ("before", "after") if "norm_flag" in flags]
     if filters and np.shape(filters) != (2, 128, 3, 3, 3):
         raise ValueError("its filters are not 128 of 3 x 3 x 3")
     if not (all(0 <= accuracy <= 1 for accuracy in accuracies)
-            and all(0 <= loss < 1e39 for loss in losses)  # float32 ends there
             and np.all(np.abs(np.array(filters, float)) < 1e39)):
-        raise ValueError("an accuracy, loss or filter is impossible")
+        raise ValueError("an accuracy or filter is impossible")
 
 
 def load_records(folder):
