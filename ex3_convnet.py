@@ -254,17 +254,26 @@ def plot_early_stopping(records, path, show=False):
     utils.save_figure(figure, path, show)
 
 
+def panels(figure, count):
+    """So many axes of one scale, in rows of three."""
+    axes = figure.subplots(-(-count // 3) or 1, 3, sharex=True, sharey=True, squeeze=False).flat
+    for axis in axes[count:]:
+        axis.remove()
+    return axes[:count]
+
+
 def plot_techniques(records, path, show=False):
     """Figure 6: the learning curves of each augmentation technique, with its best accuracy."""
-    figure, axes = plt.subplots(3, 3, figsize=(10, 8), sharex=True, sharey=True,
-                                layout="constrained")
-    for axis, (run, runs) in zip(axes.flat, records.items()):
+    figure = plt.figure(figsize=(10, 8), layout="constrained")
+    handles = {}
+    for axis, (run, runs) in zip(panels(figure, len(records)), records.items()):
         utils.draw_curves(axis, runs, "accuracy", ("train", "val", "augmented"))
+        handles |= {label: line for line, label in zip(*axis.get_legend_handles_labels())}
         best = 100 * np.mean([max(record["history"]["val_accuracy"]) for record in runs])
         error = utils.standard_error(best, runs[0]["images"]["val"])
         axis.set_title(f"{run}: best {best:.1f} ± {error:.1f} %", fontsize=10)
         axis.label_outer()
-    figure.legend(*axes.flat[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
     figure.suptitle("Accuracy with each augmentation technique (best clean validation accuracy ± "
                     f"its standard error)\n{utils.caption(sum(records.values(), []))}", fontsize=11)
     utils.save_figure(figure, path, show)
@@ -307,8 +316,7 @@ def plot_dropout(records, path, show=False):
     axis.set(xlabel="dropout", ylabel="accuracy (%)", ylim=(0, 100), xticks=RATES)
     axis.grid(alpha=0.3)
     axis.legend()
-    panels = right.subplots(3, 3, sharex=True, sharey=True)
-    for panel, (run, runs) in zip(panels.flat, with_norm.items()):
+    for panel, (run, runs) in zip(panels(right, len(with_norm)), with_norm.items()):
         utils.draw_curves(panel, runs, "accuracy")
         panel.set_title(run, fontsize=10)
         panel.label_outer()

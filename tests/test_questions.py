@@ -296,3 +296,12 @@ def test_redrawing_all_leaves_out_a_question_without_records(small, folder, caps
     assert "Question 3b: no record with these flags of dropout 0.1; drop" in capsys.readouterr().err
     with pytest.raises(utils.Problem, match="no record of question 1, 2a, 2b, 3a, 3b with"):
         ex3_convnet.main([*TINY, "--question=all", "--redraw", "--reg=0.5"])
+
+
+def test_figures_are_drawn_of_few_runs_too(small, folder):
+    ex3_convnet.main([*TINY, "--dropout=0.5"])
+    assert list(ex3_convnet.main([*TINY, "--question=3b", "--redraw"])["3b"]) == [
+        "dropout 0.5, no batch norm"]
+    ex3_convnet.main([*TINY, "--norm_flag", "--augmentation=rotation"])
+    assert list(ex3_convnet.main([*TINY, "--question=3a", "--redraw"])["3a"]) == ["rotation"]
+    assert {"figure_6.png", "figure_7.png"} <= figures(folder)
