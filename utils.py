@@ -1135,7 +1135,7 @@ def check_history(history, augmentation):
     keys = history_keys(augmentation)
     numbers = np.array([history[key] for key in keys])
     most = np.array([[1 if "accuracy" in key else 1e39] for key in keys])  # float32 ends there
-    if (numbers.ndim != 2 or numbers.dtype.kind not in "fi"
+    if (len(history) > len(keys) or numbers.ndim != 2 or numbers.dtype.kind not in "fi"
             or not ((numbers >= 0) & (numbers <= most)).all()):
         raise ValueError("its history is not complete or not possible")
     return dict(zip(keys, numbers.tolist()))

@@ -581,6 +581,7 @@ def test_a_record_with_an_impossible_value_is_named(small):
     for *outer, key, value in [
             ("history", "val_loss", [1.0, float("inf")]), ("history", "train_loss", [1.0, -1.0]),
             ("history", "val_loss", [1.0]), ("history", "val_accuracy", [0.1, 1.5]),
+            ("history", "val_accuracy_augmented", [0.1, 1.5]),  # and nothing was augmented
             ("result", "test_accuracy", "0.5"), ("result", "epoch", 3), ("result", "epoch", 0),
             ("result", "epoch", 1.0), ("images", "val", 0), ("images", "train", None),
             ("parameters", "trainable", 10**400), ("best_epoch", "x"), ("best_epoch", 3),
