@@ -1497,7 +1497,7 @@ def check_record(record):
     if max(result["epoch"], best_epoch) > epochs:
         raise ValueError(f"its history has only {epochs} epochs")
     needed = {"train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_first_1000"}
-    if flags.get("norm_flag") and flags["dropout"]:
+    if flags.get("norm_flag") and flags["dropout"]:  # without dropout older records lack it
         needed.add("val_accuracy_recalibrated")
     accuracies = [result[key] for key in needed | set(result) - {"epoch"}]
     filters = [record["filters"][when] for when in ("before", "after") if "norm_flag" in flags]
@@ -1704,7 +1704,8 @@ QUANTITIES = {  # column of a table: its number in a record
     "Augmented validation accuracy": lambda r: of_epoch(
         r, "val_accuracy_augmented" if "val_accuracy_augmented" in r["history"]
         else "val_accuracy", r["result"]["epoch"]),
-    "Validation accuracy, recalibrated": lambda r: 100 * r["result"]["val_accuracy_recalibrated"],
+    "Validation accuracy, recalibrated": lambda r: 100 * r["result"].get(
+        "val_accuracy_recalibrated", math.nan),
     "Test accuracy": lambda r: 100 * r["result"]["test_accuracy"],
     "Test accuracy, first 1,000": lambda r: 100 * r["result"]["test_accuracy_first_1000"],
     "Model size": lambda r: r["parameters"]["trainable"],
@@ -1717,8 +1718,13 @@ QUANTITIES = {  # column of a table: its number in a record
 
 
 def table_cell(values, report, digits):
-    """ "82.1 ± 0.3 (82.9, -0.8)": the mean and deviation of ours, the report's, the difference."""
+    """ "82.1 ± 0.3 (82.9, -0.8)": the mean and deviation of ours, the report's, the difference.
+
+    "not measured" if one of ours is NaN: a record of an older run lacks it.
+    """
     mean = np.mean(values)
+    if np.isnan(mean):
+        return "not measured"
     deviation = f" ± {np.std(values, ddof=1):,.{digits}f}" if len(values) > 1 else ""
     compared = f" ({report:,}, {mean - report:+,.{digits}f})" if report is not None else ""
     return f"{mean:,.{digits}f}{deviation}{compared}"
