@@ -244,8 +244,8 @@ def draw(question, records, flags, data):
 
 def plot_early_stopping(records, path, show=False):
     """Figure 5: accuracy curves with the best epoch and the stop marked."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
-    for axis, (run, runs) in zip(axes, records.items()):
+    figure = plt.figure(figsize=(10, 3.8), layout="constrained")
+    for axis, (run, runs) in zip(panels(figure, len(records), columns=2), records.items()):
         utils.draw_curves(axis, runs, "accuracy")
         stops = [len(record["history"]["val_accuracy"]) for record in runs]
         for i, stop in enumerate(sorted(set(stops))):
@@ -257,9 +257,10 @@ def plot_early_stopping(records, path, show=False):
     utils.save_figure(figure, path, show)
 
 
-def panels(figure, count):
-    """So many axes of one scale, in rows of three."""
-    axes = figure.subplots(-(-count // 3) or 1, 3, sharex=True, sharey=True, squeeze=False).flat
+def panels(figure, count, columns=3):
+    """So many axes of one scale, in rows of so many columns."""
+    axes = figure.subplots(-(-count // columns) or 1, columns, sharex=True, sharey=True,
+                           squeeze=False).flat
     for axis in axes[count:]:
         axis.remove()
     return axes[:count]

@@ -256,6 +256,17 @@ def test_every_question_of_the_convnet(small, folder, capsys, monkeypatch):
     assert figures(folder) == drawn
 
 
+def test_a_run_without_record_leaves_no_empty_axes(small, folder, monkeypatch):
+    results = ex3_convnet.main([*TINY, "--question=2b"])
+    titles = []
+    monkeypatch.setattr(utils, "save_figure", lambda figure, *_: titles.append(
+        [axis.get_title() for axis in figure.axes]))
+    ex3_convnet.plot_early_stopping(results["2b"], None)
+    del results["2b"]["with batch norm"]
+    ex3_convnet.plot_early_stopping(results["2b"], None)
+    assert titles == [["without batch norm", "with batch norm"], ["without batch norm"]]
+
+
 def test_every_question_of_the_pretrained_network(few, folder, pretrained):
     results = read_back(folder, ex3_pretrained.main([*TINY, "--question=all", pretrained]))
     for table, question in (5, "4a"), (6, "4b"):
