@@ -1,25 +1,25 @@
 """HLCV Exercise 3, Questions 1 to 3: a convolutional network on CIFAR-10.
 
-Edit the flags below, or give them on the command line:
+Edit the settings below, or give them on the command line:
 
     python ex3_convnet.py --norm_flag --dropout=0.3 --num_epochs=5
 """
 
+from __future__ import annotations  # so that a mistyped type below is named in one sentence
+
 import copy
-from functools import partial
 
-import utils  # before PyTorch, which takes seconds: it answers --help at once
-
-# isort: split
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
 
+import utils
+from utils import Question, plt
+
 # --- experiment -------------------------------------------------------------------------------
 norm_flag: bool = False  # batch normalization after each convolution (Question 2a)
 earlystop: bool = False  # stop when validation stops improving; keep the best model (2b)
-patience: int = 10  # early stopping waits for so many epochs without a new best
+patience: int = 10  # early stopping waits for this number of epochs without a new best
 monitor: str = "accuracy"  # what early stopping watches in validation: accuracy or loss
 dropout: float = 0.0  # probability of dropping a unit after each block; 0: off (3b)
 augmentation: str = "none"  # one of AUGMENTATIONS in utils.py, or several: a+b (3a)
@@ -30,78 +30,32 @@ batch_size: int = 200  # images in each step
 learning_rate: float = 2e-3  # of Adam
 learning_rate_decay: float = 0.95  # the learning rate is multiplied by this after each epoch
 reg: float = 1e-3  # weight decay (L2 penalty)
-num_training: int | None = None  # the first so many images train; None: all that do not validate
-num_validation: int | None = None  # the last so many validate; None: a tenth, at most 1,000
+num_training: int | None = None  # the first of the images train; None: all that do not validate
+num_validation: int | None = None  # the last validate; None: a tenth, 1,000 of CIFAR-10
+image_size: int = 32  # images are resized to this number of pixels a side
 seed: int = 0  # of everything random: initial weights, order, augmentation, dropout
 
-# --- environment ------------------------------------------------------------------------------
+# --- where and how to run ---------------------------------------------------------------------
 dataset: str = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ and test/<class>/
-image_size: int = 32  # images are resized to so many pixels a side
 device: str = "auto"  # cpu, cuda or cuda:N; auto: CUDA where there is one
-precision: str = "auto"  # float32 or bfloat16; auto: bfloat16 where it is fast
+precision: str = "auto"  # float32, bfloat16 or float16; auto: the one that is fast here
 channels_last: bool = True  # the layout in memory that most convolutions are fastest in
 compile: bool = False  # torch.compile: a minute more to start; measure whether it pays
 deterministic: bool = False  # on CUDA: the same numbers every time, at some cost (a CPU always is)
 resume: bool = False  # go on with an interrupted run from its latest checkpoint
 parallel: str = "images"  # what the processes of torchrun share: the images of a run, or the runs
 question: str = "none"  # run all of a question of the report: 1, 2a, 2b, 3a, 3b, or all
-seeds: str = "1"  # repeat each run with so many seeds: seed, seed + 1, ...; or a list: 0,5,7
+seeds: str = "1"  # repeat each run with this number of seeds: seed, seed + 1, ...; or 0,5,7
 rerun: bool = False  # in a question, run again what is recorded already
 redraw: bool = False  # only draw the figures and tables again, from the records
 show: bool = False  # open a window for each figure, after saving it
 predict: list = []  # images or folders: classify them with the trained model, without training
-
-TECHNIQUES = ("vertical_flip", "horizontal_flip", "rotation", "resize_crop", "translation",
-              "color_jitter", "greyscale", "scaling")
-RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-RATES_WITHOUT_NORM = (0.5, 0.7, 0.9)  # to see what of the collapse is batch norm's part
-
-QUESTIONS = {  # question: its runs, each with the flags that it sets
-    "1": {"without batch norm": {"norm_flag": False}},
-    "2a": {"without batch norm": {"norm_flag": False}, "with batch norm": {"norm_flag": True}},
-    "2b": {"without batch norm": {"norm_flag": False, "earlystop": True, "num_epochs": 50},
-           "with batch norm": {"norm_flag": True, "earlystop": True, "num_epochs": 50}},
-    "3a": {"no augmentation": {"norm_flag": True, "augmentation": "none"},
-           **{name: {"norm_flag": True, "augmentation": name} for name in TECHNIQUES}},
-    "3b": {"no dropout": {"norm_flag": True, "dropout": 0.0},
-           **{f"dropout {rate}": {"norm_flag": True, "dropout": rate} for rate in RATES},
-           **{f"dropout {rate}, no batch norm": {"norm_flag": False, "dropout": rate}
-              for rate in RATES_WITHOUT_NORM}},
-}
-
-CLEAN, AUGMENTED = "Validation accuracy", "Augmented validation accuracy"
-RECALIBRATED = "Validation accuracy, recalibrated"
-REPORT = {  # question: run: what the report's table states, accuracies in %
-    "2a": {"without batch norm": {"Train accuracy": 92.7, "Validation accuracy": 80.1,
-                                  "Model size": 7_678_474, "Test accuracy": 79.9,
-                                  "Test accuracy, first 1,000": 79.9},
-           "with batch norm": {"Train accuracy": 98.1, "Validation accuracy": 82.9,
-                               "Model size": 7_682_826, "Test accuracy": 81.9,
-                               "Test accuracy, first 1,000": 81.9}},
-    "2b": {"without batch norm": {"Early stop checkpoint": 23,
-                                  "Best model validation accuracy": 81.5,
-                                  "Latest model validation accuracy": 79.6,
-                                  "Best model train accuracy": 97.0,
-                                  "Latest model train accuracy": 99.6},
-           "with batch norm": {"Early stop checkpoint": 20,
-                               "Best model validation accuracy": 84.9,
-                               "Latest model validation accuracy": 81.8,
-                               "Best model train accuracy": 98.2,
-                               "Latest model train accuracy": 99.0}},
-    "3a": {"no augmentation": {CLEAN: None, AUGMENTED: None},
-           **{name: {CLEAN: number, AUGMENTED: number} for name, number in zip(
-               TECHNIQUES, (79.3, 84.9, 75.9, 78.9, 77.1, 78.8, 80.0, 76.7))}},
-    "3b": {"no dropout": {"Train accuracy": None, CLEAN: None, RECALIBRATED: None},
-           **{f"dropout {rate}": {"Train accuracy": train, CLEAN: val, RECALIBRATED: None}
-              for rate, train, val in zip(
-                  RATES, (93.1, 89.4, 85.7, 82.3, 79.1, 74.9, 69.1, 58.7, 37.0),
-                  (83.8, 85.8, 85.9, 82.1, 82.1, 74.5, 66.0, 42.3, 10.3))},
-           **{f"dropout {rate}, no batch norm": {"Train accuracy": None, CLEAN: None}
-              for rate in RATES_WITHOUT_NORM}},
-}
+# --- end of settings --------------------------------------------------------------------------
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # normalization: pixels 0..1 become -1..1
 CHANNELS = (128, 512, 512, 512, 512)
+
+# ============================================ network ============================================
 
 
 class ConvNet(nn.Module):
@@ -129,6 +83,22 @@ class ConvNet(nn.Module):
         return self.layers(images)
 
 
+def build(flags, num_classes):
+    """The network of the flags, with initial weights."""
+    return ConvNet(flags.norm_flag, flags.dropout, num_classes, flags.image_size)
+
+
+def make_optimizer(model, flags):
+    """The optimizer and its schedule, which takes a step after each epoch."""
+    optimizer = torch.optim.Adam(model.parameters(), flags.learning_rate,
+                                 weight_decay=flags.reg, fused=True)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, flags.learning_rate_decay)
+    return optimizer, scheduler
+
+
+# ========================================== experiment ==========================================
+
+
 def describe(flags):
     """The network and what is special about it, as titles and file names give it."""
     return ", ".join(["ConvNet"] + ["batch norm"] * flags.norm_flag
@@ -137,21 +107,96 @@ def describe(flags):
                      + ["early stopping"] * flags.earlystop)
 
 
+def checkpoint_name(flags):
+    """The experiment, as the names of checkpoints and figures give it."""
+    return utils.slug(describe(flags)) + f"_seed{flags.seed}" * (flags.seed > 0)
+
+
+def experiment(flags, facts):
+    """The run that the flags describe, on data with these facts (see utils.make_recipe)."""
+    with torch.device("meta"):  # the network is described, not used: it takes no memory, no time
+        model = build(flags, len(facts["data"]["classes"]))
+        recipe = utils.make_recipe(__file__, flags, facts, model, *make_optimizer(model, flags),
+                                   MEAN, STD)
+    return utils.Run(flags, describe(flags), checkpoint_name(flags), recipe)
+
+
+def train(run, data):
+    """One experiment: a new network, trained and tested. Returns its record.
+
+    run: a utils.Run, which keeps the books; data: utils.Data.
+    """
+    flags, device = run.flags, data.images.device
+    torch.manual_seed(flags.seed)
+    model = build(flags, len(data.classes))
+    utils.print_summary(model, flags.image_size, table=flags.question in ("none", "1"))
+    filters = utils.first_filters(model)
+    utils.place(model, device, flags.channels_last, flags.compile)
+    optimizer, scheduler = make_optimizer(model, flags)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
+    run.begin(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+    network = utils.distribute(model)
+
+    for epoch in range(run.epoch + 1, flags.num_epochs + 1):
+        if flags.earlystop and run.epoch - run.best_epoch >= flags.patience:
+            print(f"Early stop: no better epoch than {run.best_epoch} for {flags.patience} epochs")
+            break
+        order, augment, augment_val = utils.seed_epoch(flags.seed, epoch, flags.augmentation)
+        batches = utils.shuffled_batches(data.train, flags.batch_size, order)
+        train_loss, train_accuracy = utils.train_one_epoch(
+            network, data, batches, augment, optimizer, scaler, run.dtype, run.bar)
+        val_loss, val_accuracy = utils.evaluate(model, data, data.val, run.dtype)
+        numbers = {"train_loss": train_loss, "train_accuracy": train_accuracy,
+                   "val_loss": val_loss, "val_accuracy": val_accuracy}
+        if augment:  # as the report probably measured it
+            _, numbers["val_accuracy_augmented"] = utils.evaluate(
+                model, data, data.val, run.dtype, augment_val)
+        scheduler.step()
+
+        score = val_accuracy if flags.monitor == "accuracy" else -val_loss
+        if flags.earlystop and score > run.best_score:  # of equal ones the first is the best
+            run.keep_best(epoch, score)
+        run.end_epoch(**numbers)
+
+    predictions = test(run, model, data)
+    return run.record(predictions, {"before": filters, "after": utils.first_filters(model)})
+
+
+def test(run, model, data):
+    """The class that the trained network gives to each validation and test image (see Run.record).
+
+    With early stopping the model has the weights of its best epoch from here on.
+    """
+    flags, dtype = run.flags, run.dtype
+    predictions = {"latest": utils.predict_val_and_test(model, data, dtype)}
+    if flags.earlystop:
+        model.load_state_dict(run.best_weights)
+    predictions["reported"] = utils.predict_val_and_test(model, data, dtype)
+    if flags.augmentation != "none":
+        *_, augment = utils.seed_epoch(flags.seed, run.reported_epoch, flags.augmentation)
+        predictions["augmented"] = {
+            "val": utils.predict_classes(model, data, data.val, dtype, augment)}
+    if flags.norm_flag:
+        predictions["recalibrated"] = {"val": utils.predict_classes(
+            recalibrate(model, data, dtype), data, data.val, dtype)}
+    return predictions
+
+
 @torch.no_grad()
 def recalibrate(model, data, dtype, batch_size=500):
     """A copy of the model whose batch norm statistics are those of the training images anew.
 
-    They are estimated with dropout off, as the network runs when it is tested. In training dropout
-    changes the variance that each batch norm sees and remembers: Li et al., "Understanding the
-    Disharmony between Dropout and Batch Normalization by Variance Shift", CVPR 2019. Without
-    dropout it shows how far the moving statistics lag behind the weights.
+    They are estimated with dropout off, as the network runs when it is tested: Hendrycks and
+    Gimpel, arXiv 1607.02488. In training dropout changes the variance that each batch norm sees and
+    remembers: Li et al., "Understanding the Disharmony between Dropout and Batch Normalization by
+    Variance Shift", CVPR 2019. Without dropout it shows how far the moving statistics lag behind
+    the weights: Wu and Johnson, "Rethinking Batch in BatchNorm", arXiv 2105.07576.
     """
     model = copy.deepcopy(model).eval()
-    for layer in model.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm, too
-            layer.reset_running_stats()
-            layer.momentum = None  # the mean over all batches, not a moving one
-            layer.train()
+    for layer in utils.batch_norms(model):
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over all batches, not a moving one
+        layer.train()
     for indices in data.train.split(batch_size):
         images, _ = data.batch(indices)
         with utils.autocast(images.device, dtype):
@@ -159,106 +204,118 @@ def recalibrate(model, data, dtype, batch_size=500):
     return model
 
 
-def first_filters(model):
-    """The weights of the first convolution, a list (128, 3, 3, 3), for the record."""
-    return model.layers[0].weight.detach().cpu().double().numpy().round(4).tolist()
+# ========================================== questions ==========================================
+
+QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each column
+    "1": Question(rows=[("without batch norm", {})], shared={"norm_flag": False}),
+    "2a": Question(
+        title="Table 1",
+        columns={"Train accuracy": "train_accuracy", "Validation accuracy": "val_accuracy",
+                 "Model size": "model_size", "Test accuracy": "test_accuracy",
+                 "Test accuracy, first 1,000": "test_accuracy_first_1000"},
+        rows=[
+            ("without batch norm", {"norm_flag": False}, 92.7, 80.1, 7_678_474, 79.9, 79.9),
+            ("with batch norm", {"norm_flag": True}, 98.1, 82.9, 7_682_826, 81.9, 81.9),
+        ]),
+    "2b": Question(
+        title="Table 2", shared={"earlystop": True, "num_epochs": 50},
+        columns={"Early stop checkpoint": "best_epoch",
+                 "Best model validation accuracy": "val_accuracy",
+                 "Latest model validation accuracy": "latest_val_accuracy",
+                 "Best model train accuracy": "train_accuracy",
+                 "Latest model train accuracy": "latest_train_accuracy"},
+        rows=[
+            ("without batch norm", {"norm_flag": False}, 23, 81.5, 79.6, 97.0, 99.6),
+            ("with batch norm", {"norm_flag": True}, 20, 84.9, 81.8, 98.2, 99.0),
+        ]),
+    "3a": Question(
+        title="Table 3", shared={"norm_flag": True},
+        columns={"Validation accuracy": "val_accuracy",
+                 "Augmented validation accuracy": "val_accuracy_augmented"},
+        rows=[  # the report's number beside both: it does not say which it is
+            ("no augmentation", {"augmentation": "none"}, None, None),
+            ("vertical_flip", {"augmentation": "vertical_flip"}, 79.3, 79.3),
+            ("horizontal_flip", {"augmentation": "horizontal_flip"}, 84.9, 84.9),
+            ("rotation", {"augmentation": "rotation"}, 75.9, 75.9),
+            ("resize_crop", {"augmentation": "resize_crop"}, 78.9, 78.9),
+            ("translation", {"augmentation": "translation"}, 77.1, 77.1),
+            ("color_jitter", {"augmentation": "color_jitter"}, 78.8, 78.8),
+            ("greyscale", {"augmentation": "greyscale"}, 80.0, 80.0),
+            ("scaling", {"augmentation": "scaling"}, 76.7, 76.7),
+        ]),
+    "3b": Question(
+        title="Table 4", shared={"norm_flag": True},
+        columns={"Train accuracy": "train_accuracy", "Validation accuracy": "val_accuracy",
+                 "Validation accuracy, recalibrated": "val_accuracy_recalibrated"},
+        rows=[
+            ("no dropout", {"dropout": 0.0}, None, None, None),
+            ("dropout 0.1", {"dropout": 0.1}, 93.1, 83.8, None),
+            ("dropout 0.2", {"dropout": 0.2}, 89.4, 85.8, None),
+            ("dropout 0.3", {"dropout": 0.3}, 85.7, 85.9, None),
+            ("dropout 0.4", {"dropout": 0.4}, 82.3, 82.1, None),
+            ("dropout 0.5", {"dropout": 0.5}, 79.1, 82.1, None),
+            ("dropout 0.6", {"dropout": 0.6}, 74.9, 74.5, None),
+            ("dropout 0.7", {"dropout": 0.7}, 69.1, 66.0, None),
+            ("dropout 0.8", {"dropout": 0.8}, 58.7, 42.3, None),
+            ("dropout 0.9", {"dropout": 0.9}, 37.0, 10.3, None),
+            # what of the collapse is batch norm's part?
+            ("dropout 0.5, no batch norm", {"dropout": 0.5, "norm_flag": False}, None, None, None),
+            ("dropout 0.7, no batch norm", {"dropout": 0.7, "norm_flag": False}, None, None, None),
+            ("dropout 0.9, no batch norm", {"dropout": 0.9, "norm_flag": False}, None, None, None),
+        ]),
+}
+
+# =========================================== figures ===========================================
 
 
-def plot_filters(record, path, show=False):
-    """Figures 1 and 2: the first convolution's filters before and after training, 8 x 16 each.
-
-    A filter's weights for red, green and blue are its colour, grey is 0; both in one scale.
-    """
-    before, after = (np.array(record["filters"][when]) for when in ("before", "after"))
-    most = np.quantile(np.abs([before, after]), 0.99)
-    figure, axes = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
-    for axis, filters, when in zip(axes, (before, after), (
-            "before training", f"after training (epoch {record['result']['epoch']})")):
-        pixels = (0.5 + filters / (2 * most)).clip(0, 1).transpose(0, 2, 3, 1)
-        tiles = pixels.repeat(6, axis=1).repeat(6, axis=2)  # 18 x 18, with a margin of 2: 20 x 20
-        tiles = np.pad(tiles, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1)
-        axis.imshow(tiles.reshape(8, 16, 20, 20, 3).swapaxes(1, 2).reshape(160, 320, 3))
-        axis.set_title(f"{when}: standard deviation {filters.std():.3f}", fontsize=11)
-        axis.axis("off")
-    figure.suptitle(f"{record['title']}: the 128 filters of the first convolution (grey 0, full "
-                    f"colour ±{most:.2f})\n{utils.caption([record])}", fontsize=11)
-    utils.save_figure(figure, path, show)
-
-
-def experiment_name(flags):
-    """The experiment, as file names give it."""
-    return utils.slug(describe(flags)) + f"_seed{flags.seed}" * (flags.seed > 0)
-
-
-def build(flags, num_classes, image_size):
-    """The network of the flags, with initial weights."""
-    return ConvNet(flags.norm_flag, flags.dropout, num_classes, image_size)
-
-
-def train(flags, data, dtype):
-    """One experiment: a new network, trained and tested. Returns the record."""
-    torch.manual_seed(flags.seed)
-    model = build(flags, len(data.classes), flags.image_size)
-    utils.print_summary(model, flags.image_size, table=flags.question in ("none", "1"))
-    before = first_filters(model)
-    record = utils.run_experiment(
-        describe(flags), experiment_name(flags), model, data, flags, dtype)
-    if flags.norm_flag:
-        _, accuracy = utils.evaluate(recalibrate(model, data, dtype), data, data.val, dtype)
-        record["result"]["val_accuracy_recalibrated"] = accuracy
-        print(f"With batch norm statistics estimated anew: validation {accuracy:.1%}")
-    return {**record, "filters": {"before": before, "after": first_filters(model)}}
-
-
-def draw(question, records, flags, data):
+def draw(question, results, runs, data):
     """The figures and tables of a question (or of one experiment: "none") from its records.
 
-    records: {run: the records of its seeds}; data: for the picture of the techniques, or None.
+    results: {run: the records of its seeds}; runs: {run: its flags}; data: for the picture of the
+    techniques, or None.
     """
-    folder, first = utils.results_folder(flags), next(iter(records.values()))
+    flags, first = next(iter(runs.values())), next(iter(results.values()))
+    folder, show = utils.results_folder(flags), flags.show
     if question == "none":
-        name = experiment_name(flags)
-        plot_filters(first[0], folder / f"{name}_filters.png", flags.show)
+        name = checkpoint_name(flags)
+        utils.plot_filters(first[0], folder / f"{name}_filters.png", show)
         utils.plot_learning_curves(first, describe(flags), folder / f"{name}_learning_curves.png",
-                                   flags.show)
+                                   show)
     elif question == "1":
-        plot_filters(first[0], folder / "figure_1_2_filters.png", flags.show)
+        utils.plot_filters(first[0], folder / "figure_1_2_filters.png", show)
     elif question == "2a":
-        for number, (run, runs) in enumerate(records.items(), start=3):
-            utils.plot_learning_curves(runs, f"ConvNet {run}", folder / f"figure_{number}.png",
-                                       flags.show)
-        utils.write_table("Table 1", records, REPORT["2a"], folder / "table_1.md")
+        for run, number in ("without batch norm", 3), ("with batch norm", 4):
+            if run in results:
+                utils.plot_learning_curves(results[run], f"ConvNet {run}",
+                                           folder / f"figure_{number}.png", show)
     elif question == "2b":
-        plot_early_stopping(records, folder / "figure_5.png", flags.show)
-        utils.write_table(f"Table 2 (patience {flags.patience})", records, REPORT["2b"],
-                          folder / "table_2.md")
+        plot_early_stopping(results, folder / "figure_5.png", show)
     elif question == "3a":
-        plot_techniques(records, folder / "figure_6.png", flags.show)
+        plot_techniques(results, folder / "figure_6.png", show)
         if data:
-            plot_augmented_images(data, folder / "figure_6_techniques.png", flags.show)
-        utils.write_table("Table 3", records, REPORT["3a"], folder / "table_3.md")
+            plot_augmented_images(data, folder / "figure_6_techniques.png", show)
     elif question == "3b":
-        plot_dropout(records, folder / "figure_7.png", flags.show)
-        utils.write_table("Table 4", records, REPORT["3b"], folder / "table_4.md")
+        plot_dropout(results, folder / "figure_7.png", show)
+    if question in QUESTIONS and QUESTIONS[question].columns:
+        table = utils.slug(QUESTIONS[question].title).replace("-", "_")
+        utils.write_table(QUESTIONS[question], results, folder / f"{table}.md")
 
 
-def plot_early_stopping(records, path, show=False):
+def plot_early_stopping(results, path, show=False):
     """Figure 5: accuracy curves with the best epoch and the stop marked."""
     figure = plt.figure(figsize=(10, 3.8), layout="constrained")
-    for axis, (run, runs) in zip(panels(figure, len(records), columns=2), records.items()):
-        utils.draw_curves(axis, runs, "accuracy")
-        stops = [len(record["history"]["val_accuracy"]) for record in runs]
-        for i, stop in enumerate(sorted(set(stops))):
-            axis.axvline(stop, color="black", linewidth=1,
-                         label=None if i else f"stop: epoch {', '.join(map(str, stops))}")
+    for axis, (run, records) in zip(panels(figure, len(results), columns=2), results.items()):
+        utils.draw_curves(axis, records, "accuracy")
+        utils.mark_epochs(axis, [len(record["history"]["val_accuracy"]) for record in records],
+                          "stop", color="black", linewidth=1)
         axis.set_title(run)
         axis.legend(loc="lower right")
-    figure.suptitle(f"ConvNet with early stopping ({utils.caption(sum(records.values(), []))})")
+    figure.suptitle(f"ConvNet with early stopping ({utils.caption(sum(results.values(), []))})")
     utils.save_figure(figure, path, show)
 
 
 def panels(figure, count, columns=3):
-    """So many axes of one scale, in rows of so many columns."""
+    """This number of axes of one scale, in rows."""
     axes = figure.subplots(-(-count // columns) or 1, columns, sharex=True, sharey=True,
                            squeeze=False).flat
     for axis in axes[count:]:
@@ -266,20 +323,20 @@ def panels(figure, count, columns=3):
     return axes[:count]
 
 
-def plot_techniques(records, path, show=False):
+def plot_techniques(results, path, show=False):
     """Figure 6: the learning curves of each augmentation technique, with its best accuracy."""
     figure = plt.figure(figsize=(10, 8), layout="constrained")
     handles = {}
-    for axis, (run, runs) in zip(panels(figure, len(records)), records.items()):
-        utils.draw_curves(axis, runs, "accuracy", ("train", "val", "augmented"))
+    for axis, (run, records) in zip(panels(figure, len(results)), results.items()):
+        utils.draw_curves(axis, records, "accuracy", ("train", "val", "augmented"))
         handles |= {label: line for line, label in zip(*axis.get_legend_handles_labels())}
-        best = 100 * np.mean([max(record["history"]["val_accuracy"]) for record in runs])
-        error = utils.standard_error(best, runs[0]["images"]["val"])
+        best = 100 * np.mean([max(record["history"]["val_accuracy"]) for record in records])
+        error = utils.standard_error(best, records[0]["recipe"]["data"]["val"])
         axis.set_title(f"{run}: best {best:.1f} ± {error:.1f} %", fontsize=10)
         axis.label_outer()
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
     figure.suptitle("Accuracy with each augmentation technique (best clean validation accuracy ± "
-                    f"its standard error)\n{utils.caption(sum(records.values(), []))}", fontsize=11)
+                    f"its standard error)\n{utils.caption(sum(results.values(), []))}", fontsize=11)
     utils.save_figure(figure, path, show)
 
 
@@ -287,18 +344,19 @@ def plot_augmented_images(data, path, show=False, count=10):
     """What each technique does: the same few training images, each with its own draw."""
     generator = torch.Generator().manual_seed(0)
     images = data.images[data.train[:count]].float() / 255
-    figure, axes = plt.subplots(1 + len(TECHNIQUES), 1, figsize=(count * 0.8, 7.6),
-                                layout="constrained")
-    for axis, name in zip(axes, ("original", *TECHNIQUES)):
-        shown = images if name == "original" else utils.AUGMENTATIONS[name](images, generator)
+    names = [changes["augmentation"] for _, changes, *_ in QUESTIONS["3a"].rows]
+    figure, axes = plt.subplots(len(names), 1, figsize=(count * 0.8, 7.6), layout="constrained")
+    for axis, name in zip(axes, names):
+        augment = utils.make_augment(name, generator)
+        shown = augment(images) if augment else images
         axis.imshow(np.hstack(shown.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()))
-        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set_ylabel(name if augment else "original", rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
     figure.suptitle(f"The augmentation techniques on {data.name}")
     utils.save_figure(figure, path, show)
 
 
-def plot_dropout(records, path, show=False):
+def plot_dropout(results, path, show=False):
     """Figure 7: train and validation accuracy over the dropout, and the learning curves.
 
     Beside the report's two curves the validation accuracy with recalibrated batch norm, and the
@@ -307,58 +365,69 @@ def plot_dropout(records, path, show=False):
     figure = plt.figure(figsize=(12, 5.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
     axis = left.subplots()
-    with_norm, without = ({run: runs for run, runs in records.items()
-                           if runs[0]["flags"]["norm_flag"] == norm} for norm in (True, False))
-    for runs, column, style in (
-            (with_norm, "Train accuracy", utils.TRAIN),
-            (with_norm, CLEAN, utils.VALIDATION),
-            (with_norm, RECALIBRATED, {**utils.AUGMENTED, "label": (
+    with_norm, without = ({run: records for run, records in results.items()
+                           if records[0]["recipe"]["flags"]["norm_flag"] == norm}
+                          for norm in (True, False))
+    for runs, key, style in (
+            (with_norm, "train_accuracy", utils.TRAIN),
+            (with_norm, "val_accuracy", utils.VALIDATION),
+            (with_norm, "val_accuracy_recalibrated", {**utils.AUGMENTED, "label": (
                 "validation, batch norm recalibrated")}),
-            (without, CLEAN, {**utils.VALIDATION, "color": "grey", "marker": "d",
+            (without, "val_accuracy", {**utils.VALIDATION, "color": "grey", "marker": "d",
                               "label": "validation, no batch norm"})):
-        plot_over_dropout(axis, list(runs.values()), column, style)
-    axis.set(xlabel="dropout", ylabel="accuracy (%)", ylim=(0, 100), xticks=(0, *RATES))
+        plot_over_dropout(axis, list(runs.values()), key, style)
+    rates = sorted({changes["dropout"] for _, changes, *_ in QUESTIONS["3b"].rows})
+    axis.set(xlabel="dropout", ylabel="accuracy (%)", ylim=(0, 100), xticks=rates)
     axis.grid(alpha=0.3)
     axis.legend()
     with_norm.pop("no dropout", None)  # Figure 6 shows its learning curves
-    for panel, (run, runs) in zip(panels(right, len(with_norm)), with_norm.items()):
-        utils.draw_curves(panel, runs, "accuracy")
+    for panel, (run, records) in zip(panels(right, len(with_norm)), with_norm.items()):
+        utils.draw_curves(panel, records, "accuracy")
         panel.set_title(run, fontsize=10)
         panel.label_outer()
     left.suptitle("Accuracy of the last epoch; bars: standard deviation of the seeds,\n"
                   "with one seed the standard error of the validation images", fontsize=9)
-    figure.suptitle(f"Dropout ({utils.caption(sum(records.values(), []))})")
+    figure.suptitle(f"Dropout ({utils.caption(sum(results.values(), []))})")
     utils.save_figure(figure, path, show)
 
 
-def plot_over_dropout(axis, runs, column, style):
-    """One curve of Figure 7: a column of Table 4, its mean and deviation over the seeds."""
-    values = [[utils.QUANTITIES[column](record) for record in seeds] for seeds in runs]
-    if not values:
+def plot_over_dropout(axis, runs, key, style):
+    """One curve of Figure 7: a column of Table 4, its mean and deviation over the seeds.
+
+    runs: the records of each run's seeds.
+    """
+    points = [(records[0]["recipe"]["flags"]["dropout"], numbers, records) for records in runs
+              if (numbers := utils.numbers_of(records, key))]
+    if not points:
         return
-    means = np.array([np.mean(v) for v in values])
-    errors = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
-    if max(map(len, values)) == 1 and column != "Train accuracy":
-        errors = utils.standard_error(means, runs[0][0]["images"]["val"])
-    axis.errorbar([seeds[0]["flags"]["dropout"] for seeds in runs], means, errors, capsize=3,
-                  **style)
+    means = np.array([np.mean(numbers) for _, numbers, _ in points])
+    errors = [np.std(numbers, ddof=1) if len(numbers) > 1 else 0 for _, numbers, _ in points]
+    if not any(errors) and key != "train_accuracy":
+        errors = utils.standard_error(means, points[0][2][0]["recipe"]["data"]["val"])
+    axis.errorbar([rate for rate, *_ in points], means, errors, capsize=3, **style)
+
+
+# ============================================= main =============================================
 
 
 def main(argv=None):
     """Run what the flags describe, an experiment or a question (argv: None: the command line's).
 
     Returns {question: {run: the records of its seeds}}, "none" being the single experiment.
+    Raises utils.Problem if a run failed, after all others.
     """
     flags = utils.parse_flags(globals(), argv)
     plan = utils.plan(flags, QUESTIONS)
     device, dtype = utils.choose_device(flags.device, flags.precision, flags.deterministic)
-    store = utils.join_processes(flags.parallel, device)
+    utils.init_distributed(flags.parallel, device)
     if flags.predict:
-        return utils.predict(flags, experiment_name(flags), build, device, dtype)
-    data = None if flags.redraw else utils.load_data(
-        flags.dataset, flags.image_size, flags.num_training, flags.num_validation, MEAN, STD,
-        device, flags.channels_last)
-    return utils.run_plan(plan, data, partial(train, dtype=dtype), draw, describe, store)
+        return utils.predict(flags, checkpoint_name(flags), build, device, dtype)
+    data, failed = None, []
+    if not flags.redraw:
+        data = utils.load_data(flags.dataset, flags.image_size, flags.num_training,
+                               flags.num_validation, MEAN, STD, device, flags.channels_last)
+        failed = utils.run_all(plan, experiment, train, data, dtype)
+    return utils.show_results(plan, experiment, draw, data, failed)
 
 
 if __name__ == "__main__":

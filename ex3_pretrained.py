@@ -1,32 +1,33 @@
 """HLCV Exercise 3, Question 4: transfer learning with a VGG11-BN on CIFAR-10.
 
-Edit the flags below, or give them on the command line:
+Edit the settings below, or give them on the command line:
 
     python ex3_pretrained.py                           # Model 1: fine-tune the pretrained network
     python ex3_pretrained.py --fine_tune=False         # 4a: train the new layers only
     python ex3_pretrained.py --pretrained=False        # Model 2: train from scratch
 """
 
-import argparse
+from __future__ import annotations  # so that a mistyped type below is named in one sentence
+
 import http.client
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import utils  # before PyTorch, which takes seconds: it answers --help at once
-
-# isort: split
 import torch
 from torch import nn
 from torchvision.models import VGG11_BN_Weights, vgg11_bn
+
+import utils
+from utils import Question
 
 # --- experiment -------------------------------------------------------------------------------
 pretrained: bool | str = True  # ImageNet weights, or the path of others; False: from scratch (4b)
 fine_tune: bool = True  # train the pretrained part, too; False: only the new layers (4a)
 frozen_norm: str = "eval"  # frozen batch norm: eval is fixed, train drifts as in the exercise
 earlystop: bool = True  # stop when validation stops improving; keep the best model
-patience: int = 10  # early stopping waits for so many epochs without a new best
+patience: int = 10  # early stopping waits for this number of epochs without a new best
 monitor: str = "accuracy"  # what early stopping watches in validation: accuracy or loss
 augmentation: str = "horizontal_flip"  # one of AUGMENTATIONS in utils.py, or several: a+b
 
@@ -36,47 +37,32 @@ batch_size: int = 200  # images in each step
 learning_rate: float = 1e-3  # of Adam
 learning_rate_decay: float = 0.99  # the learning rate is multiplied by this after each epoch
 reg: float = 0.0  # weight decay (L2 penalty)
-num_training: int | None = None  # the first so many images train; None: all that do not validate
-num_validation: int | None = None  # the last so many validate; None: a tenth, at most 1,000
+num_training: int | None = None  # the first of the images train; None: all that do not validate
+num_validation: int | None = None  # the last validate; None: a tenth, 1,000 of CIFAR-10
+image_size: int = 32  # images are resized to this number of pixels a side
 seed: int = 0  # of everything random: initial weights, order, augmentation
 
-# --- environment ------------------------------------------------------------------------------
+# --- where and how to run ---------------------------------------------------------------------
 dataset: str = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ and test/<class>/
-image_size: int = 32  # images are resized to so many pixels a side
 device: str = "auto"  # cpu, cuda or cuda:N; auto: CUDA where there is one
-precision: str = "auto"  # float32 or bfloat16; auto: bfloat16 where it is fast
+precision: str = "auto"  # float32, bfloat16 or float16; auto: the one that is fast here
 channels_last: bool = True  # the layout in memory that most convolutions are fastest in
 compile: bool = False  # torch.compile: a minute more to start; measure whether it pays
 deterministic: bool = False  # on CUDA: the same numbers every time, at some cost (a CPU always is)
 resume: bool = False  # go on with an interrupted run from its latest checkpoint
 parallel: str = "images"  # what the processes of torchrun share: the images of a run, or the runs
 question: str = "none"  # run all of a question of the report: 4a, 4b, or all
-seeds: str = "1"  # repeat each run with so many seeds: seed, seed + 1, ...; or a list: 0,5,7
+seeds: str = "1"  # repeat each run with this number of seeds: seed, seed + 1, ...; or 0,5,7
 rerun: bool = False  # in a question, run again what is recorded already
 redraw: bool = False  # only draw the figures and tables again, from the records
 show: bool = False  # open a window for each figure, after saving it
 predict: list = []  # images or folders: classify them with the trained model, without training
-
-QUESTIONS = {  # question: its runs, each with the flags that it sets
-    "4a": {"frozen": {"fine_tune": False, "frozen_norm": "eval"},
-           "frozen, batch norm drifting": {"fine_tune": False, "frozen_norm": "train"}},
-    "4b": {"Model 1 (fine-tuned)": {"fine_tune": True},
-           "Model 2 (from scratch)": {"fine_tune": True, "pretrained": False}},
-}
-
-TABLE_5 = {"Validation accuracy": 65.1, "Test accuracy": 61.6, "Test accuracy, first 1,000": 61.6}
-REPORT = {  # question: run: what the report's table states, accuracies in %
-    "4a": dict.fromkeys(QUESTIONS["4a"], TABLE_5),
-    "4b": {"Model 1 (fine-tuned)": {"Early stop checkpoint": 11, "Validation accuracy": 89.1,
-                                    "Train accuracy": 97.8, "Test accuracy": 88.6,
-                                    "Test accuracy, first 1,000": 88.6},
-           "Model 2 (from scratch)": {"Early stop checkpoint": 19, "Validation accuracy": 88.7,
-                                      "Train accuracy": 98.0, "Test accuracy": 84.4,
-                                      "Test accuracy, first 1,000": 84.4}},
-}
+# --- end of settings --------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # normalization: ImageNet's
 HIDDEN = 256
+
+# ============================================ network ============================================
 
 
 class VGG(nn.Module):
@@ -110,12 +96,32 @@ class VGG(nn.Module):
         return self.head(self.extract(inputs) if inputs.dim() == 4 else inputs)
 
 
+def build(flags, num_classes):
+    """The network of the flags, with initial weights; the pretrained ones come later."""
+    model = VGG(flags.fine_tune, flags.frozen_norm, num_classes)
+    if not flags.pretrained:
+        start_from_scratch(model)
+    return model
+
+
 def start_from_scratch(model):
     """The template's initial weights of the new layers, when nothing is pretrained."""
     for layer in model.head:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=1e-3)
             nn.init.zeros_(layer.bias)
+
+
+def make_optimizer(model, flags):
+    """The optimizer of what learns and its schedule, which takes a step after each epoch."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trainable, flags.learning_rate,
+                                 weight_decay=flags.reg, fused=True)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, flags.learning_rate_decay)
+    return optimizer, scheduler
+
+
+# ====================================== pretrained weights ======================================
 
 
 def load_weights(pretrained):
@@ -130,14 +136,30 @@ def load_weights(pretrained):
     if path.exists() and not utils.sha256(path).startswith(path.stem.split("-")[1]):
         raise utils.Problem(f"{path} is truncated or altered (its sha256 does not begin as its "
                             "name says): delete it and run again")
+    load = partial(weights.get_state_dict, progress=True, check_hash=True, weights_only=True)
     try:
-        with utils.first_process_first(), utils.stall_timeout():
-            return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        with utils.stall_timeout():
+            utils.broadcast_from_rank0(lambda: load() and None)  # the others find its download
+            return load()
     except (OSError, RuntimeError, http.client.HTTPException) as problem:
         raise utils.Problem(
             f"the ImageNet weights cannot be downloaded ({problem}): put {path.name} into "
             f"{path.parent}, name another file with --pretrained=PATH, or train from scratch "
             "with --pretrained=False") from problem
+
+
+def weights_digest(pretrained):
+    """What tells the weights behind the flag from others: the beginning of their SHA-256, or None.
+
+    Raises utils.Problem if there is no such file.
+    """
+    if pretrained is True:
+        return Path(VGG11_BN_Weights.IMAGENET1K_V1.url).stem.split("-")[1]
+    try:
+        return utils.sha256(Path(pretrained).expanduser())[:16] if pretrained else None
+    except OSError as problem:
+        raise utils.Problem(f"the weights cannot be read ({problem}): --pretrained is True, False "
+                            "or the path of a file") from problem
 
 
 def load_features(model, state, source):
@@ -166,6 +188,9 @@ def load_features(model, state, source):
             raise utils.Problem(f"{source} is damaged: features.{name}, a variance, is negative")
         new[name] = value
     model.features.load_state_dict(new)
+
+
+# ======================================== fixed features ========================================
 
 
 @dataclass
@@ -211,6 +236,9 @@ def extract_features(model, data, dtype, mirror):
     return FeatureData(**vars(data), features=features)
 
 
+# ========================================== experiment ==========================================
+
+
 def describe(flags):
     """The network and what is special about it, as titles give it."""
     if not flags.pretrained:
@@ -221,8 +249,8 @@ def describe(flags):
     return f"VGG11-BN {part}{drifting}, {source} weights"
 
 
-def experiment_name(flags):
-    """The part of Question 4, as file names give it."""
+def checkpoint_name(flags):
+    """The part of Question 4, as the names of checkpoints and figures give it."""
     if not flags.pretrained:
         part = "part_4b_2"
     elif flags.fine_tune:
@@ -232,57 +260,131 @@ def experiment_name(flags):
     return part + f"_seed{flags.seed}" * (flags.seed > 0)
 
 
-def build(flags, num_classes, image_size):
-    """The network of the flags, with initial weights."""
-    model = VGG(flags.fine_tune, flags.frozen_norm, num_classes)
-    if not flags.pretrained:
-        start_from_scratch(model)
-    return model
+def experiment(flags, facts):
+    """The run that the flags describe, on data with these facts (see utils.make_recipe)."""
+    if "pretrained" not in facts:  # those of a record are there
+        facts = {**facts, "pretrained": weights_digest(flags.pretrained)}
+    with torch.device("meta"):  # the network is described, not used: it takes no memory, no time
+        model = build(flags, len(facts["data"]["classes"]))
+        recipe = utils.make_recipe(__file__, flags, facts, model, *make_optimizer(model, flags),
+                                   MEAN, STD)
+    return utils.Run(flags, describe(flags), checkpoint_name(flags), recipe)
 
 
-def train(flags, data, dtype):
-    """One experiment: a new network, trained and tested. Returns the record."""
-    if min(flags.batch_size, len(data.train)) < 2:
-        raise utils.Problem("the batch norm of the new layers needs at least two images a step: "
-                            "raise --batch_size or --num_training", status=2)
-    start = time.perf_counter()
+def train(run, data):
+    """One experiment: a new network, trained and tested. Returns its record.
+
+    run: a utils.Run, which keeps the books; data: utils.Data.
+    """
+    flags, device = run.flags, data.images.device
     torch.manual_seed(flags.seed)
-    model = build(flags, len(data.classes), flags.image_size)
+    model = build(flags, len(data.classes))
     if flags.pretrained:
         load_features(model, load_weights(flags.pretrained), flags.pretrained)
-    if flags.question == "none":
-        print("Parameters that learn:",
-              *(name for name, p in model.named_parameters() if p.requires_grad))
     utils.print_summary(model, flags.image_size, table=flags.question == "none")
+    filters = utils.first_filters(model)
+    utils.place(model, device, flags.channels_last, flags.compile)
+    optimizer, scheduler = make_optimizer(model, flags)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
     if model.fixed and flags.augmentation in ("none", "horizontal_flip"):
-        data = extract_features(model, data, dtype, flags.augmentation == "horizontal_flip")
-    record = utils.run_experiment(
-        describe(flags), experiment_name(flags), model, data, flags, dtype)
-    return {**record, "seconds": time.perf_counter() - start}  # with those for the features
+        data = extract_features(model, data, run.dtype, flags.augmentation == "horizontal_flip")
+    run.begin(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+    network = utils.distribute(model)
+
+    for epoch in range(run.epoch + 1, flags.num_epochs + 1):
+        if flags.earlystop and run.epoch - run.best_epoch >= flags.patience:
+            print(f"Early stop: no better epoch than {run.best_epoch} for {flags.patience} epochs")
+            break
+        order, augment, augment_val = utils.seed_epoch(flags.seed, epoch, flags.augmentation)
+        batches = utils.shuffled_batches(data.train, flags.batch_size, order)
+        train_loss, train_accuracy = utils.train_one_epoch(
+            network, data, batches, augment, optimizer, scaler, run.dtype, run.bar)
+        val_loss, val_accuracy = utils.evaluate(model, data, data.val, run.dtype)
+        numbers = {"train_loss": train_loss, "train_accuracy": train_accuracy,
+                   "val_loss": val_loss, "val_accuracy": val_accuracy}
+        if augment:  # as the report probably measured it
+            _, numbers["val_accuracy_augmented"] = utils.evaluate(
+                model, data, data.val, run.dtype, augment_val)
+        scheduler.step()
+
+        score = val_accuracy if flags.monitor == "accuracy" else -val_loss
+        if flags.earlystop and score > run.best_score:  # of equal ones the first is the best
+            run.keep_best(epoch, score)
+        run.end_epoch(**numbers)
+
+    predictions = test(run, model, data)
+    return run.record(predictions, {"before": filters, "after": utils.first_filters(model)})
 
 
-def draw(question, records, flags, data):
+def test(run, model, data):
+    """The class that the trained network gives to each validation and test image (see Run.record).
+
+    With early stopping the model has the weights of its best epoch from here on.
+    """
+    flags, dtype = run.flags, run.dtype
+    predictions = {"latest": utils.predict_val_and_test(model, data, dtype)}
+    if flags.earlystop:
+        model.load_state_dict(run.best_weights)
+    predictions["reported"] = utils.predict_val_and_test(model, data, dtype)
+    if flags.augmentation != "none":
+        *_, augment = utils.seed_epoch(flags.seed, run.reported_epoch, flags.augmentation)
+        predictions["augmented"] = {
+            "val": utils.predict_classes(model, data, data.val, dtype, augment)}
+    return predictions
+
+
+# ========================================== questions ==========================================
+
+QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each column
+    "4a": Question(
+        title="Table 5", shared={"fine_tune": False},
+        columns={"Validation accuracy": "val_accuracy", "Test accuracy": "test_accuracy",
+                 "Test accuracy, first 1,000": "test_accuracy_first_1000"},
+        rows=[  # the report's network was probably the second
+            ("frozen", {"frozen_norm": "eval"}, 65.1, 61.6, 61.6),
+            ("frozen, batch norm drifting", {"frozen_norm": "train"}, 65.1, 61.6, 61.6),
+        ]),
+    "4b": Question(
+        title="Table 6", shared={"fine_tune": True},
+        columns={"Early stop checkpoint": "best_epoch", "Validation accuracy": "val_accuracy",
+                 "Train accuracy": "train_accuracy", "Test accuracy": "test_accuracy",
+                 "Test accuracy, first 1,000": "test_accuracy_first_1000"},
+        rows=[
+            ("Model 1 (fine-tuned)", {}, 11, 89.1, 97.8, 88.6, 88.6),
+            ("Model 2 (from scratch)", {"pretrained": False}, 19, 88.7, 98.0, 84.4, 84.4),
+        ]),
+}
+
+# =========================================== figures ===========================================
+
+
+def draw(question, results, runs, data):
     """The figures and tables of a question (or of one experiment: "none") from its records.
 
-    records: {run: the records of its seeds}; data: not needed here.
+    results: {run: the records of its seeds}; runs: {run: its flags}; data: not needed here.
     """
-    folder = utils.results_folder(flags)
-    for runs in records.values():
-        run = argparse.Namespace(**{**runs[0]["flags"], "seed": flags.seed})
-        number = 10 if not run.pretrained else 9 if run.fine_tune else 8
-        utils.plot_learning_curves(runs, describe(run), folder / (
-            f"figure_{number}_{experiment_name(run)}.png"), flags.show)
-    number = {"4a": 5, "4b": 6}.get(question)
-    if number:
-        utils.write_table(f"Table {number}", records, REPORT[question],
-                          folder / f"table_{number}.md", "We measure in eval mode on clean images; "
-                          "the report probably on flipped images with the batch's statistics.")
+    for run, records in results.items():
+        flags = runs[run]
+        folder, name = utils.results_folder(flags), checkpoint_name(flags)
+        number = 10 if not flags.pretrained else 9 if flags.fine_tune else 8
+        utils.plot_learning_curves(records, describe(flags), folder / f"figure_{number}_{name}.png",
+                                   flags.show)
+        utils.plot_filters(records[0], folder / f"figure_{number}_{name}_filters.png", flags.show)
+    if question in QUESTIONS:
+        table = utils.slug(QUESTIONS[question].title).replace("-", "_")
+        utils.write_table(QUESTIONS[question], results, folder / f"{table}.md",
+                          "We measure in eval mode on clean images; the report probably on flipped "
+                          "images with the batch's statistics.")
+
+
+# ============================================= main =============================================
 
 
 def main(argv=None):
     """Run what the flags describe, an experiment or a question (argv: None: the command line's).
 
     Returns {question: {run: the records of its seeds}}, "none" being the single experiment.
+    Raises utils.Problem if a run failed, after all others.
     """
     flags = utils.parse_flags(globals(), argv)
     plan = utils.plan(flags, QUESTIONS)
@@ -290,13 +392,15 @@ def main(argv=None):
         raise utils.Problem("--pretrained=False with --fine_tune=False would freeze random "
                             "features: leave one of them True", status=2)
     device, dtype = utils.choose_device(flags.device, flags.precision, flags.deterministic)
-    store = utils.join_processes(flags.parallel, device)
+    utils.init_distributed(flags.parallel, device)
     if flags.predict:
-        return utils.predict(flags, experiment_name(flags), build, device, dtype)
-    data = None if flags.redraw else utils.load_data(
-        flags.dataset, flags.image_size, flags.num_training, flags.num_validation, MEAN, STD,
-        device, flags.channels_last)
-    return utils.run_plan(plan, data, partial(train, dtype=dtype), draw, describe, store)
+        return utils.predict(flags, checkpoint_name(flags), build, device, dtype)
+    data, failed = None, []
+    if not flags.redraw:
+        data = utils.load_data(flags.dataset, flags.image_size, flags.num_training,
+                               flags.num_validation, MEAN, STD, device, flags.channels_last)
+        failed = utils.run_all(plan, experiment, train, data, dtype)
+    return utils.show_results(plan, experiment, draw, data, failed)
 
 
 if __name__ == "__main__":

