@@ -232,7 +232,7 @@ def extract_features(model, data, dtype, mirror):
     features = torch.cat(features).view(len(versions), len(everything), -1)
     print(f"The fixed features of {len(everything):,} images"
           f"{', plain and mirrored,' * mirror} are computed once, in "
-          f"{utils.format_seconds(time.perf_counter() - start)}", flush=True)
+          f"{time.perf_counter() - start:.0f} s")
     return FeatureData(**vars(data), features=features)
 
 

@@ -22,6 +22,7 @@ import pickle
 import platform
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
@@ -52,8 +54,7 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Affine2D
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 from tqdm import tqdm
 
@@ -275,7 +276,7 @@ def load_data(dataset, image_size, num_training, num_validation, mean, std, devi
     """Load a data set, split it, and put it onto the device.
 
     dataset: "cifar10", "synthetic" or the path of a folder: one that holds CIFAR-10, or one with
-    train/<class>/ and test/<class>/.
+    train/<class>/ and test/<class>/ (see load_image_folder).
     The last num_validation training images validate (None: a tenth; of CIFAR-10, 1,000), the first
     num_training train (None: all the others), in the data set's own order.
     mean, std: three numbers each. channels_last: the layout of the images in memory.
@@ -287,8 +288,9 @@ def load_data(dataset, image_size, num_training, num_validation, mean, std, devi
     elif dataset == "synthetic":
         images = draw_synthetic()
     else:
-        images = load_image_folder(dataset, image_size)
+        images = load_image_folder(dataset, image_size, device)
     classes, images, labels, num_test, tenth = images
+    check_memory(len(images), image_size, device)
 
     fingerprint = hashlib.sha256(images)
     fingerprint.update(labels)
@@ -605,6 +607,7 @@ AUGMENTED = {"color": "#7b3294", "linestyle": ":", "marker": "^", "markersize": 
              "label": "validation, augmented"}
 STYLES = {"train": TRAIN, "val": VALIDATION, "augmented": AUGMENTED}
 
+IN_NOTEBOOK = "ipykernel" in sys.modules  # figures appear in it
 plt.rcParams["text.parse_math"] = False  # a $ in the name of a folder is a dollar
 
 
@@ -712,7 +715,9 @@ def save_figure(figure, path, show=False):
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     print(f"Figure: {path.relative_to(FOLDER)}")
-    if show:
+    if show and plt.get_backend().lower() == "agg":
+        print("There is no display to show it on: open the file")
+    elif show or IN_NOTEBOOK:
         plt.show()
     plt.close(figure)
 
@@ -801,6 +806,10 @@ def run_all(plan, experiment, train, data, dtype):
             record = train(run, data)
             if rank() == 0:
                 save_record(record, results_folder(flags))
+        except KeyboardInterrupt as interrupt:
+            kept = (f"after epoch {run.epoch}: the same command with --resume goes on from there"
+                    if run.epoch else "in its first epoch, of which nothing is kept")
+            raise KeyboardInterrupt(f"interrupted {kept}") from interrupt
         except (Diverged, MemoryError, RuntimeError) as problem:
             if not isinstance(problem, Diverged) and (
                     world_size() > 1 or not is_out_of_memory(problem)):
@@ -1016,37 +1025,98 @@ def download(mirrors, path, digest):
 # ---------------------------------------- image folder ----------------------------------------
 
 
-def load_image_folder(folder, size):
-    """All images of train/<class>/ and test/<class>/, sorted by file name over all classes.
+HIDDEN = re.compile(r"\.|__MACOSX$|Thumbs\.db$|desktop\.ini$").match
+STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # what Pillow knows, but cannot read alone
 
+
+def load_image_folder(dataset, size, device):
+    """All images of train/<class>/ and test/<class>/, in an order in which the first ones train.
+
+    Where the file names number all images (as in 00000.jpg), that is their order, and the last
+    tenth, at most 1,000, validates. Else each class gives its last tenth, at least one image, to
+    validation, and the training images mix the classes.
     Returns classes, images uint8 (N, size, size, 3), labels int64, the number of test images, and
-    of those that validate. Raises Problem for a missing folder, an empty class, classes that differ
-    between train and test, and for an image that cannot be read.
+    of those that validate. Raises Problem for a missing folder, fewer than two classes, a class
+    with too few images, classes that differ between train and test, and a file that is no image.
     """
-    parts, dataset, folder = [], folder, Path(folder).expanduser()
+    folder, others = Path(dataset).expanduser(), []
     if not folder.exists() and (near := difflib.get_close_matches(
             dataset.lower(), ("cifar10", "synthetic"))):
         raise Problem(f"there is no folder {dataset}: did you mean --dataset={near[0]}?")
-    for part in ("train", "test"):
-        try:
-            parts.append(ImageFolder(folder / part))
-        except OSError as problem:
-            raise Problem(f"{folder / part} is not a folder with one folder of images for "
-                          f"each class ({problem}): --dataset is cifar10, synthetic, or a folder "
-                          "with train/<class>/* and test/<class>/*") from problem
-    train, test = parts
-    if train.classes != test.classes:
-        difference = sorted(set(train.classes) ^ set(test.classes))
-        raise Problem(f"the classes in train and test of {folder} differ: {', '.join(difference)} "
-                      "is in only one of them")
-    samples = [sample for part in parts
-               for sample in sorted(part.samples, key=lambda s: (Path(s[0]).name, s[0]))]
-    images = np.empty((len(samples), size, size, 3), np.uint8)
+    train, test = (find_classes(folder / part, least, others)
+                   for part, least in (("train", 2), ("test", 1)))
+    if train.keys() != test.keys():
+        raise Problem(f"the classes in train and test of {folder} differ: "
+                      f"{', '.join(sorted(train.keys() ^ test.keys()))} is in only one of them")
+    if others:
+        suffixes = Counter(path.suffix.lower() or "no suffix" for path in others)
+        heic = "; convert HEIC photos to JPEG first" * bool({".heic", ".heif"} & suffixes.keys())
+        print(f"Left out: {len(others)} files that are no images ("
+              + ", ".join(f"{count} {suffix}" for suffix, count in suffixes.items()) + f"){heic}")
+    train, num_val = order_images(train)
+    test, _ = order_images(test)
+    check_memory(len(train) + len(test), size, device)
+    images = np.empty((len(train) + len(test), size, size, 3), np.uint8)
     # one thread: for small files two are slower, as they fight for Python's lock
-    for i, (path, _) in enumerate(progress_bar(samples, "reading images", unit=" images")):
+    for i, (_, path) in enumerate(progress_bar(train + test, "reading images", unit=" images")):
         images[i] = read_image(path, size)
-    labels = np.array([label for _, label in samples])
-    return train.classes, images, labels, len(test), max(1, min(1000, len(train) // 10))
+    classes = sorted({path_class for path_class, _ in train})
+    labels = np.array([classes.index(path_class) for path_class, _ in train + test])
+    return classes, images, labels, len(test), num_val
+
+
+def find_classes(folder, least, others):
+    """The images of each class in a folder, {class: paths}, the classes sorted by name.
+
+    least: the images that a class needs; others: a list that files which are no images are added
+    to. Raises Problem.
+    """
+    if not folder.is_dir():
+        raise Problem(f"there is no folder {folder}: --dataset is cifar10, synthetic, or a folder "
+                      "with train/<class>/* and test/<class>/*")
+    classes = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not HIDDEN(path.name):
+            classes[path.name], rest = find_images(path)
+            others += rest
+            if len(classes[path.name]) < least:
+                raise Problem(f"the class {path} has {len(classes[path.name])} images, and needs "
+                              f"at least {least}: add some, or delete the folder")
+    if len(classes) < 2:
+        raise Problem(f"{folder} has {len(classes)} classes, and needs at least two: one folder of "
+                      "images for each class")
+    return classes
+
+
+def find_images(folder):
+    """The images in a folder and those below, sorted, and the files that are none; what is hidden
+    or the system's is in neither list."""
+    readable = {suffix for suffix, name in Image.registered_extensions().items()
+                if name in Image.OPEN.keys() - STUBS}
+    files = [Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
+             for name in names]
+    files = sorted(path for path in files
+                   if not any(map(HIDDEN, path.relative_to(folder).parts)))
+    return ([path for path in files if path.suffix.lower() in readable],
+            [path for path in files if path.suffix.lower() not in readable])
+
+
+def order_images(classes):
+    """The images of {class: paths} as a list of (class, path), in the order of load_image_folder,
+    and the number of those that validate, which are the last."""
+    images = [(name, path) for name, paths in classes.items() for path in paths]
+    numbers = {int(path.stem) for _, path in images if path.stem.isdecimal()}
+    if len(numbers) == len(images):
+        return (sorted(images, key=lambda image: int(image[1].stem)),
+                max(1, min(1000, len(images) // 10)))
+    keys = {}
+    for name, paths in classes.items():
+        num_val = max(1, len(paths) // 10)
+        num_train = len(paths) - num_val
+        for i, path in enumerate(paths):
+            place = (0, i / num_train) if i < num_train else (1, (i - num_train) / num_val)
+            keys[name, path] = (*place, name)
+    return sorted(images, key=keys.get), sum(max(1, len(paths) // 10) for paths in classes.values())
 
 
 def read_image(path, size):
@@ -1216,27 +1286,28 @@ class Run:
 
         Raises Diverged for a loss that is not finite; the checkpoint is of the epoch before, then.
         """
-        self.epoch += 1
+        epoch = self.epoch + 1
         numbers["seconds"] = time.perf_counter() - self.epoch_start
         for loss in (numbers["train_loss"], numbers["val_loss"]):
             if not math.isfinite(loss):
                 self.bar.close()
-                raise Diverged(f"the training diverged: in epoch {self.epoch} the loss is {loss}; "
+                raise Diverged(f"the training diverged: in epoch {epoch} the loss is {loss}; "
                                "try a smaller --learning_rate")
         for name, value in numbers.items():
             self.history.setdefault(name, []).append(value)
-        state = {**self.about(), "epoch": self.epoch, "history": self.history,
+        state = {**self.about(), "epoch": epoch, "history": self.history,
                  "model": self.parts["model"].state_dict()}
-        if self.best_epoch == self.epoch:
+        if self.best_epoch == epoch:
             save_checkpoint(self.best, state)
         save_checkpoint(self.latest, {
             **state, **{name: part.state_dict() for name, part in self.parts.items()},
             "best_epoch": self.best_epoch, "best_score": self.best_score,
             "best_model": self.best_weights, "seconds": self.seconds()})
-        left = timedelta(seconds=round((self.flags.num_epochs - self.epoch) * numbers["seconds"]))
+        self.epoch = epoch  # its files are written
+        left = timedelta(seconds=round((self.flags.num_epochs - epoch) * numbers["seconds"]))
         tqdm.write("epoch {:2}/{}:  train loss {train_loss:.3f}, accuracy {train_accuracy:.1%};  "
                    "validation loss {val_loss:.3f}, accuracy {val_accuracy:.1%};  {:,.0f} images/s,"
-                   " {} left".format(self.epoch, self.flags.num_epochs, len(self.data.train)
+                   " {} left".format(epoch, self.flags.num_epochs, len(self.data.train)
                                      / numbers["seconds"], left, **numbers))
         self.epoch_start = time.perf_counter()
 
@@ -1299,8 +1370,9 @@ class Run:
 
 
 def progress_bar(items=None, title=None, **options):
-    """tqdm's bar in a terminal, nothing in a log."""
-    return tqdm(items, title, disable=rank() > 0 or None, leave=False, mininterval=0.5, **options)
+    """tqdm's bar in a terminal and a notebook, nothing in a log."""
+    disable = True if rank() else False if IN_NOTEBOOK else None  # None: without a terminal
+    return tqdm(items, title, disable=disable, leave=False, mininterval=0.5, **options)
 
 
 # =================================== checkpoints and records ===================================
@@ -1374,6 +1446,7 @@ def unpack(text):
     return np.load(io.BytesIO(zlib.decompress(base64.b64decode(text))), allow_pickle=False)
 
 
+@cache  # as of the first call: a later commit is not what this process runs
 def code_version():
     """The git commit of the code, and which of its files differ from it; None outside of git."""
     def git(*arguments):
@@ -1626,7 +1699,8 @@ def predict(flags, name, build, device, dtype):
 
     flags.predict: paths of images or folders of images; name: of the experiment. The best model
     counts with early stopping, else the latest. build(flags, num_classes): the network.
-    Raises Problem if there is no model yet, or it or an image cannot be read.
+    Raises Problem if there is no model yet, or it cannot be read, and, after the others, for images
+    that cannot be read.
     """
     path = checkpoint_path("best" if flags.earlystop else "latest", flags, name)
     if not path.exists():
@@ -1644,24 +1718,25 @@ def predict(flags, name, build, device, dtype):
     except (Problem, *MALFORMED) as problem:
         raise Problem(f"{path} is not a checkpoint of this script: {problem}") from problem
     model.to(device).eval()
-    for image_path in list_images(flags.predict):
-        image = torch.from_numpy(read_image(image_path, size).copy()).permute(2, 0, 1)[None]
+    paths, unreadable = [], 0
+    for path in map(Path, flags.predict):
+        found = find_images(path)[0] if path.is_dir() else [path]
+        if not found:
+            raise Problem(f"there is no image in {path}")
+        paths += found
+    for path in paths:
+        try:
+            image = torch.from_numpy(read_image(path, size).copy()).permute(2, 0, 1)[None]
+        except Problem as problem:
+            print(problem, file=sys.stderr)
+            unreadable += 1
+            continue
         with torch.inference_mode(), autocast(device, dtype):
             logits = model(image.to(device).float().div(255).sub(mean).div(std))
         probability, label = logits.float().softmax(dim=1).max(dim=1)
-        print(f"{image_path}: {classes[label]} {probability.item():.1%}")
-
-
-def list_images(paths):
-    """The images behind paths of images and folders, those of a folder sorted."""
-    images = []
-    for path in map(Path, paths):
-        found = [path] if not path.is_dir() else sorted(
-            p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-        if not found:
-            raise Problem(f"there is no image in {path}")
-        images += found
-    return images
+        print(f"{path}: {classes[label]} {probability.item():.1%}")
+    if unreadable:
+        raise Problem(f"{unreadable} of {len(paths)} files cannot be read as images")
 
 
 # =========================================== processes ===========================================
@@ -1850,6 +1925,18 @@ def tune_malloc(keep=True):
         mallopt(-1, 2**31 - 1 if keep else 2**26)  # M_TRIM_THRESHOLD
 
 
+def check_memory(count, size, device):
+    """Raise Problem, before they are allocated, if images of this number and size do not fit."""
+    need, about = 3 * count * size**2, Path("/proc/meminfo")
+    free = 1024 * int(re.search(r"MemAvailable: *(\d+)", about.read_text())[1]) if (
+        about.exists()) else math.inf  # another system than Linux
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    if need > free:
+        raise Problem(f"{count:,} images of {size} x {size} pixels need {need / 1e9:.1f} GB of "
+                      f"memory, and {free / 1e9:.1f} GB are free: choose a smaller --image_size")
+
+
 def peak_memory(device):
     """The most memory (MB) that this process has held: on the GPU if it is one, else in all.
 
@@ -1909,6 +1996,11 @@ def leave(sentence, status):
 
 def run_script(main):
     """Call main() and leave the process with a sentence instead of a traceback for a Problem."""
+    # a job that is preempted, or whose terminal is closed, ends like Ctrl-C; not under torchrun,
+    # which ends the other processes so when one has failed; and nohup ignores a closed terminal
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ends
+              if torchrun_rank()[1] == 1 and signal.getsignal(number) == signal.SIG_DFL}
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no error
         with contextlib.suppress(AttributeError):  # a notebook's stream has no such method
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -1929,8 +2021,10 @@ def run_script(main):
         sys.exit(1)
     except OSError as problem:
         leave(problem, 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if is_main_process():  # torchrun interrupts all processes, and waits for them
-            leave("interrupted; the state after the last full epoch is kept: the same command "
-                  "with --resume goes on from there", 130)
+            leave(str(interrupt) or "interrupted", 130)
         sys.exit(130)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
