@@ -78,7 +78,6 @@ READERS = {  # type: its value from a text
     "bool": {"True": True, "true": True, "1": True,
              "False": False, "false": False, "0": False}.__getitem__,
     "int": int, "float": float, "str": str, "list": str}
-GUESSES = {bool: "bool", int: "int | float", float: "float", str: "str", list: "list"}
 
 LIMITS = {  # flag: its possible names, or what is possible in words and as a test
     "monitor": ("accuracy", "loss"),
@@ -91,8 +90,10 @@ LIMITS = {  # flag: its possible names, or what is possible in words and as a te
     "learning_rate_decay": ("above 0 and at most 1", lambda value: 0 < value <= 1),
     "image_size": ("32 to 1024", lambda value: 32 <= value <= 1024),
     "seed": ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32),
-    **dict.fromkeys(["patience", "num_epochs", "batch_size", "num_training", "num_validation"],
-                    ("at least 1", lambda value: value is None or value >= 1)),
+    **dict.fromkeys(["patience", "num_epochs", "batch_size"],
+                    ("at least 1", lambda value: value >= 1)),
+    **dict.fromkeys(["num_training", "num_validation"],
+                    ("at least 1, or None", lambda value: value is None or value >= 1)),
     "seeds": ("a number of seeds such as 3, or a list such as 0,5,7",
               re.compile(r"[1-9]\d{0,3}|\d{1,9}(,\d{1,9})+").fullmatch),
     "device": ("auto, cpu or cuda[:N]", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
@@ -146,7 +147,7 @@ def parse_flags(script, argv=None):
             type=partial(parse_value, types, limits.get(name)),
             help=f"{comment} (default: {value})".replace("%", "%%"))
         parser.line = line  # a default is checked as if it stood on the command line
-        texts = map(str, value if is_list else [value])
+        texts = map(str, value if isinstance(value, (list, tuple)) and is_list else [value])
         defaults[name] = [] if is_list and not value else getattr(
             parser.parse_args([f"--{name}", *texts]), name)
         where_and_how |= {name} if group == WHERE_AND_HOW else set()
@@ -180,15 +181,10 @@ def read_settings(script):
             continue
         line = f"line {node.lineno} of {path.name}: "
         name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
-        if name not in script:
-            raise Problem(f"{line}{name} is no setting: write name: type = value", 2)
-        if isinstance(node, ast.AnnAssign):
-            types = ast.unparse(node.annotation)
-        elif name in ("seeds", "question"):  # a number is one of their texts
-            types = "str"
-        else:
-            types = GUESSES.get(type(script[name]), "None | int | float | str")
-        types = types.split(" | ")
+        if name not in script or not isinstance(node, ast.AnnAssign):
+            raise Problem(f"{line}{name} has no type, or no value: write {name}: type = value, as "
+                          "in batch_size: int = 200", 2)
+        types = ast.unparse(node.annotation).split(" | ")
         if unknown := set(types) - set(READERS):
             raise Problem(f"{line}{name} has the unknown type {unknown.pop()}: the types are "
                           f"{', '.join(READERS)}, several joined by |", 2)
@@ -204,7 +200,7 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: ([^ =]+)", message):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            message = f"unknown flag {unknown[1]}" + f", did you mean {near[0]}?" * len(near)
+            message = f"unknown flag {unknown[1]}" + (f", did you mean {near[0]}?" if near else "")
         raise Problem(f"{self.line}{message.removeprefix('argument ')} (--help lists the flags)", 2)
 
 
@@ -225,7 +221,11 @@ def parse_value(types, limit, text):
     if limit:
         is_test = callable(limit[-1])
         words, possible = limit if is_test else (" or ".join(limit), limit.__contains__)
-        if not possible(value):
+        try:
+            fits = possible(value)
+        except TypeError:  # of another type, which an edit has given to the setting
+            fits = False
+        if not fits:
             raise argparse.ArgumentTypeError(f"{text!r} is not possible, it has to be {words}")
     return value
 
@@ -320,7 +320,7 @@ def data_name(dataset):
     if dataset == "cifar10" or dataset != "synthetic" and cifar10_form(Path(dataset)):
         return "CIFAR-10"
     name = os.fsencode(Path(dataset).expanduser().resolve().name).decode("utf-8", "replace")
-    reserved = dataset != "synthetic" and name in ("CIFAR-10", "synthetic")
+    reserved = dataset != "synthetic" and slug(name) in ("cifar-10", "synthetic")
     return f"{name} (folder)" if reserved else name
 
 
@@ -839,12 +839,16 @@ def show_results(plan, experiment, draw, data, failed):
         if found := {run: records for run, records in found.items() if records}:
             results[question] = found
             draw(question, found, runs, data)
+    problem, flags = "", next(iter(next(iter(plan.values())).values()))
     if failed:
-        raise Problem(f"{len(failed)} of the runs failed: {'; '.join(failed)}")
-    if is_main_process() and not results:
-        records = results_folder(next(iter(runs.values()))) / "records"
-        raise Problem(f"there is no record of question {', '.join(plan)} with these flags in "
-                      f"{records}: run it without --redraw")
+        problem = f"{len(failed)} of the runs failed: {'; '.join(failed)}"
+    elif is_main_process() and not results:
+        problem = (f"there is no record of question {', '.join(plan)} with these flags in "
+                   f"{results_folder(flags) / 'records'}: run it without --redraw")
+    if problem and flags.parallel == "runs" and torchrun_rank()[1] > 1:
+        print(problem, file=sys.stderr)  # at an exit code torchrun would end the other processes
+    elif problem:
+        raise Problem(problem)
     return results
 
 
@@ -1258,6 +1262,12 @@ class Run:
         """
         try:
             check_history(state["history"], state["epoch"])
+            augmented = ["val_accuracy_augmented"] * (self.flags.augmentation != "none")
+            if (state["history"].keys() != {*HISTORY, *augmented}
+                    or {*map(len, state["history"].values())} != {state["epoch"]}):
+                raise ValueError("its history does not fit")
+            if not math.isfinite(state["seconds"]):
+                raise ValueError("its time is impossible")
             self.epoch, self.history = state["epoch"], state["history"]
             self.best_epoch, self.best_score = state["best_epoch"], float(state["best_score"])
             self.best_weights, self.seconds_before = state["best_model"], float(state["seconds"])
@@ -1424,7 +1434,7 @@ def without_off(value):
     if not isinstance(value, dict):
         return value
     value = {name: without_off(part) for name, part in value.items()}
-    return {name: part for name, part in value.items() if part not in (False, None, "none", {})}
+    return {name: part for name, part in value.items() if part not in (False, None, "none", {}, [])}
 
 
 def without_folders(value):
@@ -1495,24 +1505,33 @@ def load_record(path, *version):
     """A record from its file, or None; read, and named, once in each version of the file."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        check_history(record["history"], record["result"]["epoch"])
-        numbers = [record["seed"], record["recipe"]["flags"]["num_epochs"],
-                   *(record["recipe"]["data"][part] for part in ("train", "val", "test")),
-                   *(number for number in record["result"].values() if number is not None)]
-        if not all(0 <= number < 2**63 for number in numbers):
+        result, recipe = record["result"], record["recipe"]
+        check_history(record["history"], max(result["epoch"], result["best_epoch"] or 1))
+        counts = [record["seed"] + 1, result["epoch"], recipe["flags"]["num_epochs"],
+                  *(recipe["data"][part] for part in ("train", "val", "test"))]
+        if not (all(isinstance(count, int) and 0 < count < 2**63 for count in counts)
+                and all(0 <= number <= (1 if "accuracy" in name else 2**63)
+                        for name, number in result.items() if number is not None)):
             raise ValueError("a number of it is impossible")
+        for arrays in (record.get("filters", {}), record.get("labels", {}),
+                       *record.get("predictions", {}).values()):
+            if not all(np.isfinite(unpack(text)).all() for text in arrays.values()):
+                raise ValueError("an array of it is impossible")
         for key in ("title", "data", "precision", "finished"):
             record[key].encode()  # a text, and one that can be written
         return record
-    except (OSError, *MALFORMED) as problem:
+    except (OSError, EOFError, *MALFORMED) as problem:
         print(f"{path} cannot be read as the record of a run and is left out: "
               f"{sentence_of(problem)}", file=sys.stderr)
 
 
+HISTORY = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
+
+
 def check_history(history, epochs):
     """Raise an error unless a history has finite numbers, and of this number of epochs at least."""
-    for name, values in history.items():
-        highest = 1 if "accuracy" in name else 1e39  # float32 ends there
+    for name in dict.fromkeys((*HISTORY, *history)):
+        values, highest = history.get(name, ()), 1 if "accuracy" in name else 1e39  # of float32
         if not (len(values) >= epochs >= 1 and all(0 <= value <= highest for value in values)):
             raise ValueError(f"its history has no {name} of {epochs} epochs, or an impossible one")
 
@@ -1577,6 +1596,8 @@ def difference(state, run):
 
     try:
         flags = run.flags
+        if not (isinstance(state["epoch"], int) and isinstance(state["precision"], str)):
+            return "is of another form"
         theirs, ours = parts(state["recipe"], state["seed"]), parts(run.recipe, flags.seed)
         names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
         names += ["precision"] * (flags.precision not in ("auto", state["precision"]))
@@ -1613,12 +1634,13 @@ def resumed_precision(state, precision, device, dtype):
     With --precision=auto that is what it began with, where the device computes it natively.
     """
     began, latest = state["precision"].split(", ")[0], state["precision"].split(", ")[-1].split()[0]
-    if precision == "auto" and getattr(torch, began, None) in native_dtypes(device):
+    native = getattr(torch, began, None) in native_dtypes(device)
+    if precision == "auto" and native:
         dtype = getattr(torch, began)
     if dtype_name(dtype) == latest:
         return dtype, state["precision"]
     precision = f"{state['precision']}, {dtype_name(dtype)} from epoch {state['epoch'] + 1}"
-    print(f"The run began in {began}, which is not native here: {precision}")
+    print(f"The run began in {began}{', which is not native here' * (not native)}: {precision}")
     return dtype, precision
 
 

@@ -42,7 +42,7 @@ ROWS = {  # row: network, augmentation
     "convnet": (ex3_convnet.ConvNet, "none"),
     "convnet, batch norm": (lambda: ex3_convnet.ConvNet(norm_flag=True), "none"),
     **{f"convnet, batch norm, {name}": (lambda: ex3_convnet.ConvNet(norm_flag=True), name)
-       for name in ex3_convnet.TECHNIQUES},
+       for name in PLAIN if name != "none"},
     "VGG11-BN, horizontal_flip": (ex3_pretrained.VGG, "horizontal_flip"),
 }
 
@@ -104,19 +104,22 @@ def flop_per_image(network, image):
 
 def our_loop(network, data, augmentation, device, dtype, compiled=False):
     """A function that trains one epoch with our loop, and one that only augments its batches."""
-    model = network().to(device, memory_format=torch.channels_last)
-    if compiled:
-        utils.compile_model(model, device)
+    model = network()
+    utils.place(model, device, compiled=compiled)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3, weight_decay=1e-3, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     augment = utils.make_augment(augmentation, torch.Generator())
     bar = utils.progress_bar()
 
-    def batches(augment=augment):
+    def epoch():
+        batches = utils.shuffled_batches(data.train, BATCH, torch.Generator())
+        utils.train_one_epoch(model, data, batches, augment, optimizer, scaler, dtype, bar)
+
+    def only_batches(augment=augment):
         for indices in data.train.split(BATCH):
             data.batch(indices, augment)
 
-    return (lambda: utils.train_one_epoch(model, data, optimizer, BATCH, torch.Generator(), augment,
-                                          dtype, bar)), batches
+    return epoch, only_batches
 
 
 def plain_loop(network, data, augmentation, device):
@@ -133,9 +136,9 @@ def measure(network, augmentation, data, device, dtype, compiled=False):
     plain = plain_loop(network, data, augmentation, device)
     times = {"ours": [], "plain": [], "augmentation": [], "matrix": []}
     for _ in range(1 + ROUNDS):
-        utils.keep_memory()
+        utils.tune_malloc()
         times["ours"].append(seconds(ours, device))
-        utils.keep_memory(False)  # it would make the plain loop faster, too
+        utils.tune_malloc(False)  # it would make the plain loop faster, too
         times["plain"].append(seconds(plain, device))
         times["augmentation"].append(
             seconds(augmented, device) - seconds(lambda: augmented(None), device))

@@ -1,20 +1,15 @@
-"""Data: the three sources, the split and its order, normalization, and each error."""
+"""Data: synthetic images and folders, the split and its order, normalization, and each error."""
 
-import hashlib
-import io
-import pickle
-import tarfile
 import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import HALF
 from PIL import Image
-from torchvision.datasets import CIFAR10
 
 import utils
 
-HALF = (0.5, 0.5, 0.5)
 CPU = torch.device("cpu")
 
 
@@ -201,81 +196,90 @@ def test_a_missing_folder_is_named(tmp_path):
     assert problem.value.status == 1
 
 
-def test_a_class_without_validation_image_is_told(image_folder, capsys):
-    load(image_folder)
-    assert "no validation image of class cat" in capsys.readouterr().err
+# ----------------------------- which images train, which validate -----------------------------
 
 
-# ------------------------------------------ CIFAR-10 ------------------------------------------
+def make_folder(folder, **classes):
+    """train/<class>/ and test/<class>/ with these files; their grey levels count from 0."""
+    for part in ("train", "test"):
+        for name, files in classes.items():
+            (folder / part / name).mkdir(parents=True)
+            for i, file in enumerate(files):
+                (folder / part / name / file).parent.mkdir(exist_ok=True)
+                Image.fromarray(np.full((32, 32, 3), i, np.uint8)).save(folder / part / name / file)
+    return folder
 
 
-@pytest.fixture
-def cifar10(tmp_path, monkeypatch):
-    """A small archive in CIFAR-10's format; torchvision's and our hashes are made to fit it."""
-    random, files = np.random.default_rng(0), {}
-    for i, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
-        pixels = random.integers(0, 256, (20, 3072), dtype=np.uint8)
-        pixels[:, 0] = i
-        files[name] = pickle.dumps({"data": pixels, "labels": [j % 10 for j in range(20)]})
-    files["batches.meta"] = pickle.dumps({"label_names": list("abcdefghij")})
-    archive = tmp_path / "made.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(CIFAR10, "train_list", [[n, s] for n, s in sums.items() if "data" in n])
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
-    monkeypatch.setattr(utils, "CIFAR10_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
-    root = tmp_path / "datasets"
-    root.mkdir()
-    archive.rename(root / "cifar-10-python.tar.gz")
-    return root
+def levels(data, part):
+    """[(class, grey level)] of the images of a part, in their order."""
+    indices = getattr(data, part)
+    return [(data.classes[label], level) for label, level in zip(
+        data.labels[indices].tolist(), data.images[indices, 0, 0, 0].tolist())]
 
 
-def test_cifar10_from_the_archive_and_unpacked(cifar10):
-    classes, images, labels, num_test = utils.load_cifar10(cifar10, mirrors=())
-    assert (images.shape, labels.shape, num_test) == ((120, 32, 32, 3), (120,), 20)
-    assert images[::20, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]  # the batches in their own order
-    assert classes == list("abcdefghij")
-    assert sorted(p.name for p in cifar10.iterdir()) == ["cifar-10-batches-py",
-                                                         "cifar-10-python.tar.gz"]
-    (cifar10 / "cifar-10-python.tar.gz").unlink()
-    assert np.array_equal(utils.load_cifar10(cifar10, mirrors=())[1], images)
+def test_numbered_images_keep_the_order_of_their_numbers(tmp_path):
+    """Not that of their texts, and over all classes."""
+    data = load(make_folder(tmp_path, a=["8.png", "10.png", "100.png"], b=["9.png", "11.png"]),
+                num_validation=1)
+    assert levels(data, "train") == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert levels(data, "val") == [("a", 2)]
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b[:50] + b"\0" + b[51:]])
-def test_a_damaged_archive_is_named_and_not_unpacked(cifar10, damage):
-    archive = cifar10 / "cifar-10-python.tar.gz"
-    archive.write_bytes(damage(archive.read_bytes()))
-    with pytest.raises(utils.Problem, match="cifar-10-python.tar.gz is truncated or altered"):
-        utils.load_cifar10(cifar10, mirrors=())
-    assert [p.name for p in cifar10.iterdir()] == [archive.name]
+@pytest.mark.parametrize("names", ["photo_{:03}.png", "{:03}.png"])
+def test_other_images_validate_by_a_tenth_of_each_class_and_train_mixed(tmp_path, names):
+    """Also where classes have the same numbers."""
+    files = [names.format(i) for i in range(20)]
+    data = load(make_folder(tmp_path, ant=files, bee=files[:10], cat=files[:2]))
+    assert levels(data, "val") == [("ant", 18), ("bee", 9), ("cat", 1), ("ant", 19)]
+    train = levels(data, "train")
+    assert sorted(train) == [*(("ant", i) for i in range(18)), *(("bee", i) for i in range(9)),
+                             ("cat", 0)]
+    for count in (6, 12, 18):  # the first images are a fair sample, as --num_training takes them
+        bees = [name for name, _ in train[:count]].count("bee")
+        assert abs(bees - count / 3) <= 1, count
+    few = load(tmp_path, num_training=6)
+    assert levels(few, "train") == train[:6]
+    assert levels(few, "val") == levels(data, "val")
 
 
-class Trap:
-    """Unpickling it leaves a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
+def test_images_below_the_folder_of_a_class_are_of_the_class(tmp_path):
+    data = load(make_folder(tmp_path, cat=["a.png", "trip/b.png", "trip/c.png"],
+                            dog=["a.png", "b.png"]))
+    assert len(data.train) + len(data.val) == 5
+    assert (data.labels == 0).sum() == 6
 
 
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-def test_an_altered_batch_is_named_and_not_unpickled(cifar10, tmp_path, name):
-    utils.load_cifar10(cifar10, mirrors=())
-    (cifar10 / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    with pytest.raises(utils.Problem, match=f"{name} is missing, truncated or altered"):
-        utils.load_cifar10(cifar10, mirrors=())
-    assert not (tmp_path / "sprung").exists()
+def test_hidden_files_are_not_read_and_others_named(tmp_path, capsys):
+    make_folder(tmp_path, cat=["a.png", "b.png"], dog=["a.png", "b.png"])
+    for name in ("cat/._a.png", "cat/.DS_Store", "cat/Thumbs.db", "dog/notes.txt", "dog/c.HEIC",
+                 "dog/README", "dog/.hidden/a.png", "cat/__MACOSX/a.png"):
+        (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / name).write_text("no image")
+    (tmp_path / "train/.ipynb_checkpoints").mkdir()
+    data = load(tmp_path)
+    assert (data.classes, len(data.images)) == (["cat", "dog"], 8)
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith("Left out: 3 files that are no images (")
+    for word in ("1 .txt", "1 .heic", "1 no suffix", "convert HEIC photos to JPEG first"):
+        assert word in line
 
 
-def test_a_missing_batch_is_named(cifar10):
-    utils.load_cifar10(cifar10, mirrors=())
-    (cifar10 / "cifar-10-batches-py/data_batch_2").unlink()
-    with pytest.raises(utils.Problem, match="data_batch_2"):
-        utils.load_cifar10(cifar10, mirrors=())
+def test_one_class_is_too_few(tmp_path):
+    make_folder(tmp_path, cat=["a.png", "b.png"])
+    with pytest.raises(utils.Problem, match="train has 1 classes, and needs at least two"):
+        load(tmp_path)
+
+
+def test_a_class_needs_an_image_to_train_and_one_to_validate(tmp_path):
+    make_folder(tmp_path, cat=["a.png", "b.png"], dog=["a.png"])
+    with pytest.raises(utils.Problem, match="dog has 1 images, and needs at least 2"):
+        load(tmp_path)
+
+
+def test_images_that_do_not_fit_into_the_memory_are_told_before_they_are_read(
+        image_folder, monkeypatch):
+    monkeypatch.setattr(utils, "read_image", None)
+    monkeypatch.setattr(utils.Path, "read_text", lambda self: "MemAvailable:   12 kB\n")
+    monkeypatch.setattr(utils.Path, "exists", lambda self: True)
+    with pytest.raises(utils.Problem, match="16 images of 32 x 32 pixels need .* choose a smaller"):
+        utils.load_image_folder(image_folder, 32, CPU)

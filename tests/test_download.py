@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+import ex3_convnet
 import utils
 
 CONTENT = bytes(range(256)) * 1000
@@ -54,15 +55,15 @@ def server():
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
     monkeypatch.setattr(utils, "STALL_SECONDS", 1)
-    monkeypatch.setattr(utils, "CONNECT_SECONDS", 1)
 
 
 def download(server, path, *behaviours):
-    utils.download([f"{server}/{b}/{path.name}" for b in behaviours], path, SHA256)
+    return utils.download([f"{server}/{b}/{path.name}" for b in behaviours], path, SHA256)
 
 
 def test_a_good_mirror_is_named_and_used(server, tmp_path, capsys):
-    download(server, tmp_path / "new" / "archive", "good")
+    path = tmp_path / "new" / "archive"
+    assert download(server, path, "good") == path
     assert (tmp_path / "new" / "archive").read_bytes() == CONTENT
     assert f"from {server.split('/')[2]}" in capsys.readouterr().out
 
@@ -95,11 +96,15 @@ def test_a_host_that_never_answers_ends_by_time_out(tmp_path):
     assert time.perf_counter() - start < 10
 
 
-def test_without_network_the_script_ends_with_one_sentence(project):
+def test_without_network_the_script_ends_with_one_sentence(folder, monkeypatch, capsys):
+    for proxy in ("https_proxy", "http_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
     start = time.perf_counter()
-    result = project("ex3_convnet.py", https_proxy="http://127.0.0.1:9",
-                     http_proxy="http://127.0.0.1:9", no_proxy="")
-    assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert "--dataset=synthetic" in result.stderr
+    with pytest.raises(SystemExit) as end:
+        utils.run_script(ex3_convnet.main)
+    assert end.value.code == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--dataset=synthetic" in error
     assert time.perf_counter() - start < 60

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import parse
 
 import ex3_convnet
+import ex3_pretrained
 import utils
 
 NAMES = {"norm_flag", "earlystop", "patience", "dropout", "augmentation", "num_epochs",
@@ -15,13 +17,10 @@ NAMES = {"norm_flag", "earlystop", "patience", "dropout", "augmentation", "num_e
          "num_validation", "seed", "dataset", "device"}
 
 
-def parse(*argv):
-    return utils.parse_flags(vars(ex3_convnet), argv)
-
-
 def test_defaults_are_the_settings_of_the_script():
     flags = vars(parse())
     assert flags.pop("given") == set()
+    assert flags.pop("where_and_how") <= {"given", "where_and_how", *flags}
     assert set(flags) >= NAMES
     assert flags == {name: getattr(ex3_convnet, name) for name in flags}
     assert (flags["learning_rate"], flags["batch_size"], flags["num_epochs"]) == (2e-3, 200, 20)
@@ -37,21 +36,11 @@ def test_an_edited_setting_is_the_new_default(monkeypatch):
     assert parse("--norm_flag=False").norm_flag is False
 
 
-@pytest.mark.parametrize("line", ["dropout = 0.3", "dropout=0.3", "dropout: float = 0.3  # high"])
-def test_an_edit_may_drop_the_type_or_the_comment(tmp_path, line):
-    path = tmp_path / "script.py"
-    path.write_text(f"# --- experiment ---\n{line}\nOTHER = 3\n")
-    script = {"__file__": str(path), "__doc__": "", "dropout": 0.3, "OTHER": 3}
-    flags = vars(utils.parse_flags(script, ["--dropout=0.5"]))
-    assert flags == {"dropout": 0.5, "given": {"dropout"}}
-
-
-def test_an_edited_setting_is_checked_like_a_flag(monkeypatch, capsys):
+def test_an_edited_setting_is_checked_like_a_flag(monkeypatch):
     monkeypatch.setattr(ex3_convnet, "dropout", 1.5)
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(utils.Problem, match=r"^line \d+ of ex3_convnet\.py: --dropout") as problem:
         parse()
-    assert end.value.code == 2
-    assert "--dropout" in capsys.readouterr().err
+    assert problem.value.status == 2
 
 
 def test_values_from_the_command_line():
@@ -69,32 +58,52 @@ def test_values_from_the_command_line():
     "--patience=0", "--seed=-1", "--norm_flag=maybe", "--augmentation=flip", "--augmentation=",
     "--device=gpu", "--precision=float8", "--monitor=test", "--num_training=0", "--unknown=1",
     "--norm", "positional", "--dataset=", "--predict=", "--num_validation=0", "--image_size=8"])
-def test_a_wrong_flag_is_one_sentence_and_code_2(argument, capsys):
-    with pytest.raises(SystemExit) as end:
+def test_a_wrong_flag_is_one_sentence_and_code_2(argument):
+    with pytest.raises(utils.Problem) as problem:
         parse(argument)
-    message = capsys.readouterr().err
-    assert end.value.code == 2
-    assert message.count("\n") == 1
-    assert argument.split("=")[0] in message
+    assert problem.value.status == 2
+    assert "\n" not in str(problem.value)
+    assert argument.split("=")[0] in str(problem.value)
+    assert not str(problem.value).startswith("line ")  # the settings are right
 
 
-def test_a_misspelt_flag_gets_a_suggestion(capsys):
-    with pytest.raises(SystemExit):
+def test_a_misspelt_flag_gets_a_suggestion():
+    with pytest.raises(utils.Problem, match="did you mean --num_epochs"):
         parse("--num_epoch=3")
-    assert "did you mean --num_epochs" in capsys.readouterr().err
 
 
-def test_help_lists_every_flag_with_its_default_and_comment(capsys):
+@pytest.mark.parametrize("script", [ex3_convnet, ex3_pretrained])
+def test_help_lists_every_flag_with_its_default_and_comment(capsys, script):
     with pytest.raises(SystemExit) as end:
-        parse("--help")
+        parse("--help", script=script)
     assert end.value.code == 0
     page = " ".join(capsys.readouterr().out.split())
-    source = Path(ex3_convnet.__file__).read_text(encoding="utf-8")
-    for name in vars(parse()).keys() - {"given"}:
+    source = Path(script.__file__).read_text(encoding="utf-8")
+    for name in vars(parse(script=script)).keys() - {"given", "where_and_how"}:
         comment = re.search(rf"^{name}: .*  # (.*)$", source, re.MULTILINE)[1]
         assert f"--{name} " in page
-        assert f"{comment} (default: {getattr(ex3_convnet, name)})" in page
+        assert f"{comment} (default: {getattr(script, name)})" in page
     assert "training recipe:" in page
+
+
+def test_what_is_given_and_what_decides_the_result_is_told_apart():
+    flags = parse("--num_epochs=3", "--device=cpu")
+    assert flags.given == {"num_epochs", "device"}
+    assert {"dataset", "device", "seeds", "resume", "predict"} <= flags.where_and_how
+    what = flags.what()
+    assert what["num_epochs"] == 3
+    assert {"norm_flag", "num_training", "image_size"} <= set(what)
+    assert not {"seed", "precision", "device", "given"} & set(what)
+    other = flags.replace(num_epochs=4)
+    assert (other.num_epochs, flags.num_epochs, other.given) == (4, 3, flags.given)
+
+
+def test_a_path_counts_by_its_name_alone():
+    one, two = (parse(f"--pretrained=/{place}/weights.pth", script=ex3_pretrained)
+                for place in ("home/me", "tmp"))
+    assert one.pretrained != two.pretrained
+    assert one.what() == two.what()
+    assert one.what()["pretrained"] == "weights.pth"
 
 
 def test_more_devices_than_there_are():

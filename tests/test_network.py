@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import ex3_convnet
 import utils
 from ex3_convnet import ConvNet, recalibrate
 
@@ -65,10 +66,10 @@ def test_the_summary_changes_neither_the_model_nor_the_random_state(capsys):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_recalibration_estimates_the_statistics_with_dropout_off(synthetic):
+def test_recalibration_estimates_the_statistics_with_dropout_off(few, monkeypatch):
     """Against the means and variances of what each batch norm of the copy gets as its input."""
-    data = copy.copy(synthetic)
-    data.train = data.train[:60]
+    monkeypatch.setattr(ex3_convnet, "CHANNELS", (32, 64, 64, 64, 64))
+    data = few
     torch.manual_seed(0)
     model = ConvNet(norm_flag=True, dropout=0.8).train()
     for _ in range(5):  # dropout makes the variances of the moving statistics far too large
@@ -92,3 +93,12 @@ def test_recalibration_estimates_the_statistics_with_dropout_off(synthetic):
         assert torch.allclose(mean, inputs[layer].mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
         assert torch.allclose(variance, inputs[layer].var((0, 2, 3)), atol=1e-4, rtol=1e-3)
     assert not torch.allclose(expected[-1][1], moved[-1], rtol=0.2)
+
+
+def test_a_batch_too_small_for_batch_norm_is_refused():
+    """Of vectors only: of images it has many values in one."""
+    utils.check_batches(nn.Sequential(nn.BatchNorm2d(3)), 1)
+    utils.check_batches(nn.Sequential(nn.BatchNorm1d(3)), 2)
+    with pytest.raises(utils.Problem, match="at least 2 images") as problem:
+        utils.check_batches(nn.Sequential(nn.BatchNorm1d(3)), 1)
+    assert problem.value.status == 2

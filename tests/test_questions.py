@@ -2,47 +2,26 @@
 
 import json
 import re
-from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pytest
-import torch
+from conftest import TINY, parse
 from PIL import Image
 
 import ex3_convnet
 import ex3_pretrained
 import utils
 
-TINY = ["--dataset=synthetic", "--num_training=60", "--num_validation=20", "--num_epochs=1",
-        "--batch_size=20"]
-
 
 @pytest.fixture
-def small(few, folder, monkeypatch):
-    """A small convnet on few images: a run takes a fraction of a second. Counts the trainings."""
-    monkeypatch.setattr(ex3_convnet, "CHANNELS", (128, 8, 8, 8, 8))
-    trained = []
-    run_experiment = utils.run_experiment
-
-    def count(title, name, model, data, flags, dtype):
-        trained.append((title, flags.seed))
-        return run_experiment(title, name, model, data, flags, dtype)
-
-    monkeypatch.setattr(utils, "run_experiment", count)
-    return trained
-
-
-@pytest.fixture
-def pretrained(tmp_path):
-    path = tmp_path / "weights.pth"
-    features = ex3_pretrained.VGG().features.state_dict()
-    torch.save({f"features.{name}": value for name, value in features.items()}, path)
-    return f"--pretrained={path}"
+def small(few, folder, small_convnet, trainings):
+    """A small convnet on few images. The list of its trainings."""
+    return trainings
 
 
 def planned(script, *argv):
-    flags = utils.parse_flags(vars(script), argv)
-    return utils.plan(flags, script.QUESTIONS)
+    return utils.plan(parse(*argv, script=script), script.QUESTIONS)
 
 
 def numbers(cell):
@@ -59,8 +38,7 @@ def test_the_questions_run_what_the_report_ran():
     assert [run.norm_flag for run in plan["2a"].values()] == [False, True]
     assert all((run.num_epochs, run.patience, run.earlystop) == (50, 10, True)
                for run in plan["2b"].values())
-    assert [run.augmentation for run in plan["3a"].values()] == ["none", *ex3_convnet.TECHNIQUES]
-    assert set(ex3_convnet.TECHNIQUES) == set(utils.AUGMENTATIONS)
+    assert [run.augmentation for run in plan["3a"].values()] == ["none", *utils.AUGMENTATIONS]
     assert [(run.norm_flag, run.dropout) for run in plan["3b"].values()] == [
         *[(True, i / 10) for i in range(10)], (False, 0.5), (False, 0.7), (False, 0.9)]
     assert all(run.norm_flag for run in plan["3a"].values())
@@ -103,29 +81,11 @@ def test_what_makes_no_sense_in_a_question_is_refused(question, argument):
 @pytest.mark.parametrize(("seed", "seeds", "expected"), [
     (0, "3", [0, 1, 2]), (5, "2", [5, 6]), (0, "1", [0]), (0, "7,0,5", [7, 0, 5])])
 def test_seeds_are_a_number_or_a_list(seed, seeds, expected):
-    assert [run.seed for run in utils.each_seed(Namespace(seed=seed, seeds=seeds))] == expected
+    flags = parse(f"--seed={seed}", f"--seeds={seeds}")
+    assert [run.seed for run in utils.each_seed(flags)] == expected
 
 
-# -------------------------------------------- records --------------------------------------------
-
-
-def test_runs_with_other_flags_seed_or_data_have_other_records(folder):
-    def save(fingerprint="a", **flags):
-        flags = {"seed": 0, "dropout": 0.1, "device": "cpu", **flags}
-        utils.save_record({"title": "ConvNet", "fingerprint": fingerprint, "flags": flags,
-                           "seed": flags["seed"]}, folder)
-        return len(list((folder / "records").iterdir()))
-
-    assert [save(), save(), save(device="cuda"), save(seed=1), save(dropout=0.2),
-            save(fingerprint="b")] == [1, 1, 1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"flags": 3}', "\0\1"])
-def test_a_damaged_record_is_named(folder, content):
-    (folder / "records").mkdir()
-    (folder / "records/convnet.json").write_text(content)
-    with pytest.raises(utils.Problem, match="convnet.json is no record"):
-        utils.load_records(folder)
+# ------------------------------------- what is not run again -------------------------------------
 
 
 def test_what_is_recorded_is_not_run_again(small, capsys):
@@ -143,17 +103,15 @@ def test_what_is_recorded_is_not_run_again(small, capsys):
 
 
 def test_an_interrupted_question_goes_on_where_it_was(small, monkeypatch):
-    run_experiment = utils.run_experiment
-
-    def interrupted(title, *arguments):
-        if "batch norm" in title:
+    def interrupted(run, data, train=ex3_convnet.train):
+        if run.flags.norm_flag:
             raise KeyboardInterrupt
-        return run_experiment(title, *arguments)
+        return train(run, data)
 
-    monkeypatch.setattr(utils, "run_experiment", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        ex3_convnet.main([*TINY, "--question=2a"])
-    monkeypatch.setattr(utils, "run_experiment", run_experiment)
+    with monkeypatch.context() as patch:
+        patch.setattr(ex3_convnet, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ex3_convnet.main([*TINY, "--question=2a"])
     ex3_convnet.main([*TINY, "--question=2a"])
     assert small == [("ConvNet", 0), ("ConvNet, batch norm", 0)]
 
@@ -179,8 +137,9 @@ def figures(folder):
     return {path.name for path in (folder / "figures/synthetic-60").glob("figure_*.png")}
 
 
-def check_table(path, results, report):
+def check_table(path, results, question):
     """Each cell holds the mean over the records, the report's number, and their difference."""
+    report = {run: dict(zip(question.columns, numbers)) for run, _, *numbers in question.rows}
     header, _, *rows = [line.strip("|").split("|") for line in path.read_text().splitlines()
                         if line.startswith("|")]
     columns = [name.strip() for name in header][1:-1]
@@ -189,8 +148,8 @@ def check_table(path, results, report):
         records = results[row[0].strip()]
         assert int(row[-1]) == len(records)
         for column, cell in zip(columns, row[1:-1]):
-            if column not in report[row[0].strip()]:
-                assert cell.strip() == ""
+            if "recalibrated" in column and "no batch norm" in row[0]:
+                assert cell.strip() == "–"
                 continue
             ours = np.mean([expected(record, column) for record in records])
             theirs = report[row[0].strip()][column]
@@ -198,13 +157,15 @@ def check_table(path, results, report):
             if theirs is not None:
                 inside = numbers(cell[cell.index("("):])
                 assert inside == [theirs, pytest.approx(ours - theirs, abs=0.051)]
+            else:
+                assert "(" not in cell
 
 
 def expected(record, column):
     """The number of a column, from the JSON of a record."""
     history, epoch = record["history"], record["result"]["epoch"] - 1
     if column == "Model size":
-        return record["parameters"]["trainable"]
+        return record["result"]["model_size"]
     if column == "Early stop checkpoint":
         return 1 + history["val_accuracy"].index(max(history["val_accuracy"]))
     if column.startswith("Test"):
@@ -215,6 +176,13 @@ def expected(record, column):
         return 100 * history.get("val_accuracy_augmented", history["val_accuracy"])[epoch]
     key = "train_accuracy" if "rain" in column else "val_accuracy"
     return 100 * history[key][-1 if column.startswith("Latest") else epoch]
+
+
+def drawn(monkeypatch, what):
+    """A list that grows by what(figure) with each figure, which is not saved."""
+    found = []
+    monkeypatch.setattr(utils, "save_figure", lambda figure, *_: found.append(what(figure)))
+    return found
 
 
 def read_back(folder, results):
@@ -233,7 +201,7 @@ def test_every_question_of_the_convnet(small, folder, capsys, monkeypatch):
     place, output = folder / "figures/synthetic-60", capsys.readouterr().out
     for table, question in enumerate(("2a", "2b", "3a", "3b"), start=1):
         text = (place / f"table_{table}.md").read_text()
-        check_table(place / f"table_{table}.md", results[question], ex3_convnet.REPORT[question])
+        check_table(place / f"table_{table}.md", results[question], ex3_convnet.QUESTIONS[question])
         assert "synthetic, 60 training images, seed 0, 1 epochs" in text
         assert "standard error" in text
         assert text in output
@@ -249,8 +217,8 @@ def test_every_question_of_the_convnet(small, folder, capsys, monkeypatch):
     drawn = figures(folder) - {"figure_6_techniques.png"}
     for path in [*place.glob("*.md"), *place.glob("*.png")]:
         path.unlink()
-    for name in ("load_data", "run_experiment"):
-        monkeypatch.setattr(utils, name, None)
+    monkeypatch.setattr(utils, "load_data", None)
+    monkeypatch.setattr(ex3_convnet, "train", None)
     ex3_convnet.main([*TINY, "--question=all", "--redraw"])
     assert {path.name: path.read_bytes() for path in place.glob("*.md")} == before
     assert figures(folder) == drawn
@@ -258,30 +226,28 @@ def test_every_question_of_the_convnet(small, folder, capsys, monkeypatch):
 
 def test_a_run_without_record_leaves_no_empty_axes(small, folder, monkeypatch):
     results = ex3_convnet.main([*TINY, "--question=2b"])
-    titles = []
-    monkeypatch.setattr(utils, "save_figure", lambda figure, *_: titles.append(
-        [axis.get_title() for axis in figure.axes]))
+    titles = drawn(monkeypatch, lambda figure: [axis.get_title() for axis in figure.axes])
     ex3_convnet.plot_early_stopping(results["2b"], None)
     del results["2b"]["with batch norm"]
     ex3_convnet.plot_early_stopping(results["2b"], None)
     assert titles == [["without batch norm", "with batch norm"], ["without batch norm"]]
 
 
-def test_every_question_of_the_pretrained_network(few, folder, pretrained):
-    results = read_back(folder, ex3_pretrained.main([*TINY, "--question=all", pretrained]))
+def test_every_question_of_the_pretrained_network(few, folder, weights_file):
+    results = read_back(folder, ex3_pretrained.main([
+        *TINY, "--question=all", f"--pretrained={weights_file}"]))
     for table, question in (5, "4a"), (6, "4b"):
         path = folder / f"figures/synthetic-60/table_{table}.md"
-        check_table(path, results[question], ex3_pretrained.REPORT[question])
+        check_table(path, results[question], ex3_pretrained.QUESTIONS[question])
         assert "eval mode on clean images" in path.read_text()
-    assert figures(folder) == {
-        "figure_8_part_4a.png", "figure_8_part_4a_frozen_norm_train.png",
-        "figure_9_part_4b_1.png", "figure_10_part_4b_2.png"}
+    assert figures(folder) == {f"figure_{name}{kind}.png" for kind in ("", "_filters") for name in (
+        "8_part_4a", "8_part_4a_frozen_norm_train", "9_part_4b_1", "10_part_4b_2")}
 
 
 def test_several_seeds_show_mean_and_deviation(small, folder):
     results = ex3_convnet.main([*TINY, "--question=2a", "--seeds=3"])
     path = folder / "figures/synthetic-60/table_1.md"
-    check_table(path, results["2a"], ex3_convnet.REPORT["2a"])
+    check_table(path, results["2a"], ex3_convnet.QUESTIONS["2a"])
     accuracies = [100 * r["result"]["val_accuracy"] for r in results["2a"]["with batch norm"]]
     assert f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f} (82.9" in path.read_text()
     assert "3 seeds" in path.read_text()
@@ -318,7 +284,7 @@ def test_an_older_record_without_recalibrated_accuracy_can_be_drawn(small, folde
     ex3_convnet.main([*TINY, "--question=3b", "--redraw"])
     row = next(line for line in (folder / "figures/synthetic-60/table_4.md").read_text().split("\n")
                if line.startswith("| no dropout |"))
-    assert row.endswith("| not measured | 1 |")
+    assert row.endswith("| – | 1 |")
     assert numbers(row)[1] == pytest.approx(100 * record["result"]["val_accuracy"], abs=0.051)
 
 
@@ -329,3 +295,29 @@ def test_figures_are_drawn_of_few_runs_too(small, folder):
     ex3_convnet.main([*TINY, "--norm_flag", "--augmentation=rotation"])
     assert list(ex3_convnet.main([*TINY, "--question=3a", "--redraw"])["3a"]) == ["rotation"]
     assert {"figure_6.png", "figure_7.png"} <= figures(folder)
+
+
+def test_a_row_without_a_number_for_each_column_is_refused():
+    for numbers in ((1.0,), (1.0, 2.0, 3.0), ()):
+        with pytest.raises(ValueError, match=f"mine: {len(numbers)} numbers for 2 columns"):
+            utils.Question(title="Table 9", rows=[("mine", {}, *numbers)], columns={
+                "Train accuracy": "train_accuracy", "Test accuracy": "test_accuracy"})
+    assert utils.Question(rows=[("mine", {})]).columns == {}
+
+
+def test_a_ninth_technique_is_an_entry_and_a_row(small, folder, monkeypatch):
+    """It trains, and stands in Table 3, Figure 6 and the picture of the techniques."""
+    monkeypatch.setitem(utils.AUGMENTATIONS, "half_turn", partial(utils.rotate, degrees=180))
+    question = ex3_convnet.QUESTIONS["3a"]
+    monkeypatch.setattr(question, "rows", [
+        question.rows[0], ("half turn", {"augmentation": "half_turn"}, None, 12.3)])
+    figures = drawn(monkeypatch, lambda figure: [
+        axis.get_title() or axis.get_ylabel() for axis in figure.axes])
+    results = ex3_convnet.main([*TINY, "--question=3a"])
+    assert small == [("ConvNet, batch norm", 0), ("ConvNet, batch norm, half_turn", 0)]
+    check_table(folder / "figures/synthetic-60/table_3.md", results["3a"], question)
+    assert [title.split(":")[0] for title in figures[0]] == ["no augmentation", "half turn"]
+    assert figures[1] == ["original", "half_turn"]
+    record = results["3a"]["half turn"][0]
+    assert record["recipe"]["augmentation"] == {"half_turn": {"function": "rotate", "degrees": 180}}
+    assert parse("--augmentation=half_turn+rotation").augmentation == "half_turn+rotation"
