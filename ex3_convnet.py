@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import utils
-from utils import Question, plt
+from utils import Claim, Question, plt
 
 # --- experiment -------------------------------------------------------------------------------
 norm_flag: bool = False  # batch normalization after each convolution (Question 2a)
@@ -207,9 +207,11 @@ def recalibrate(model, data, dtype, batch_size=500):
 # ========================================== questions ==========================================
 
 QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each column
-    "1": Question(rows=[("without batch norm", {})], shared={"norm_flag": False}),
+    "1": Question(rows=[("without batch norm", {})], shared={"norm_flag": False},
+                  figures=("figure_1_2_filters.png",)),
     "2a": Question(
-        title="Table 1",
+        title="Table 1", baseline="without batch norm",
+        figures=("figure_3.png", "figure_4.png", "question_2a_classes.png"),
         columns={"Train accuracy": "train_accuracy", "Validation accuracy": "val_accuracy",
                  "Model size": "model_size", "Test accuracy": "test_accuracy",
                  "Test accuracy, first 1,000": "test_accuracy_first_1000"},
@@ -218,7 +220,7 @@ QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each
             ("with batch norm", {"norm_flag": True}, 98.1, 82.9, 7_682_826, 81.9, 81.9),
         ]),
     "2b": Question(
-        title="Table 2", shared={"earlystop": True, "num_epochs": 50},
+        title="Table 2", shared={"earlystop": True, "num_epochs": 50}, figures=("figure_5.png",),
         columns={"Early stop checkpoint": "best_epoch",
                  "Best model validation accuracy": "val_accuracy",
                  "Latest model validation accuracy": "latest_val_accuracy",
@@ -229,7 +231,8 @@ QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each
             ("with batch norm", {"norm_flag": True}, 20, 84.9, 81.8, 98.2, 99.0),
         ]),
     "3a": Question(
-        title="Table 3", shared={"norm_flag": True},
+        title="Table 3", shared={"norm_flag": True}, baseline="no augmentation",
+        figures=("figure_6.png", "figure_6_techniques.png"),
         columns={"Validation accuracy": "val_accuracy",
                  "Augmented validation accuracy": "val_accuracy_augmented"},
         rows=[  # the report's number beside both: it does not say which it is
@@ -244,7 +247,8 @@ QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each
             ("scaling", {"augmentation": "scaling"}, 76.7, 76.7),
         ]),
     "3b": Question(
-        title="Table 4", shared={"norm_flag": True},
+        title="Table 4", shared={"norm_flag": True}, baseline="no dropout",
+        figures=("figure_7.png",),
         columns={"Train accuracy": "train_accuracy", "Validation accuracy": "val_accuracy",
                  "Validation accuracy, recalibrated": "val_accuracy_recalibrated"},
         rows=[
@@ -265,6 +269,36 @@ QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each
         ]),
 }
 
+TECHNIQUES = [run for run, *_ in QUESTIONS["3a"].rows]
+RATES = ["dropout 0.3", "no dropout", *(f"dropout 0.{i}" for i in (1, 2, 4, 5, 6, 7, 8, 9))]
+
+CLAIMS = [  # question, claim, the report's figures, rule, what the rule compares
+    Claim("2a", "batch norm is better", "test 79.9 → 81.9", utils.is_better,
+          [("with batch norm", "reported", "test"), ("without batch norm", "reported", "test")]),
+    *(Claim("2b", f"training past the best epoch gains nothing, {run}", figures,
+            utils.does_not_gain, [(run, "latest", "test"), (run, "reported", "test")],
+            {"margin": 0.5})
+      for run, figures in (("without batch norm", "validation 81.5 → 79.6"),
+                           ("with batch norm", "validation 84.9 → 81.8"))),
+    Claim("3a", "horizontal flip helps", "validation 84.9", utils.is_better,
+          [(run, "reported", "test") for run in ("horizontal_flip", "no augmentation")]),
+    Claim("3a", "horizontal flip is the best technique", "84.9, next 80.0", utils.is_best,
+          [(run, "reported", "test") for run in sorted(
+              TECHNIQUES, key=lambda run: run != "horizontal_flip")]),
+    Claim("3b", "dropout 0.3 is the best", "85.9, next 85.8", utils.is_best,
+          [(run, "reported", "test") for run in RATES]),
+    Claim("3b", "above 0.3 the accuracy falls: 0.3 is better than 0.7", "85.9 → 66.0",
+          utils.is_better, [(run, "reported", "test") for run in ("dropout 0.3", "dropout 0.7")]),
+    Claim("3b", "at 0.9 the network is at chance", "validation 10.3", utils.is_at_chance,
+          [("dropout 0.9", "reported", "test")], {"classes": 10, "margin": 2}),
+    # questions that the report leaves open
+    Claim("3a", "scaling was validated on scaled images: it does better there", "76.7 (which?)",
+          utils.is_better, [("scaling", "augmented", "val"), ("scaling", "reported", "val")]),
+    Claim("3b", "the fall at 0.8 is batch norm's: its statistics anew undo it", "42.3",
+          utils.is_better, [("dropout 0.8", "recalibrated", "val"),
+                            ("dropout 0.8", "reported", "val")]),
+]
+
 # =========================================== figures ===========================================
 
 
@@ -281,6 +315,7 @@ def draw(question, results, runs, data):
         utils.plot_filters(first[0], folder / f"{name}_filters.png", show)
         utils.plot_learning_curves(first, describe(flags), folder / f"{name}_learning_curves.png",
                                    show)
+        utils.plot_classes(first[0], folder / f"{name}_classes.png", show)
     elif question == "1":
         utils.plot_filters(first[0], folder / "figure_1_2_filters.png", show)
     elif question == "2a":
@@ -288,6 +323,9 @@ def draw(question, results, runs, data):
             if run in results:
                 utils.plot_learning_curves(results[run], f"ConvNet {run}",
                                            folder / f"figure_{number}.png", show)
+        if len(results) == 2:
+            utils.plot_class_differences(*reversed(results.values()), "With batch norm against "
+                                         "without", folder / "question_2a_classes.png", show)
     elif question == "2b":
         plot_early_stopping(results, folder / "figure_5.png", show)
     elif question == "3a":
@@ -297,8 +335,7 @@ def draw(question, results, runs, data):
     elif question == "3b":
         plot_dropout(results, folder / "figure_7.png", show)
     if question in QUESTIONS and QUESTIONS[question].columns:
-        table = utils.slug(QUESTIONS[question].title).replace("-", "_")
-        utils.write_table(QUESTIONS[question], results, folder / f"{table}.md")
+        utils.write_table(QUESTIONS[question], results, folder)
 
 
 def plot_early_stopping(results, path, show=False):
@@ -330,13 +367,14 @@ def plot_techniques(results, path, show=False):
     for axis, (run, records) in zip(panels(figure, len(results)), results.items()):
         utils.draw_curves(axis, records, "accuracy", ("train", "val", "augmented"))
         handles |= {label: line for line, label in zip(*axis.get_legend_handles_labels())}
-        best = 100 * np.mean([max(record["history"]["val_accuracy"]) for record in records])
-        error = utils.standard_error(best, records[0]["recipe"]["data"]["val"])
-        axis.set_title(f"{run}: best {best:.1f} ± {error:.1f} %", fontsize=10)
+        best = np.mean([max(record["history"]["val_accuracy"]) for record in records])
+        low, high = utils.wilson(best, records[0]["recipe"]["data"]["val"])
+        axis.set_title(f"{run}: best {100 * best:.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
+                       fontsize=10)
         axis.label_outer()
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
-    figure.suptitle("Accuracy with each augmentation technique (best clean validation accuracy ± "
-                    f"its standard error)\n{utils.caption(sum(results.values(), []))}", fontsize=11)
+    figure.suptitle("Accuracy with each augmentation technique (best clean validation accuracy, "
+                    f"95 % interval)\n{utils.caption(sum(results.values(), []))}", fontsize=11)
     utils.save_figure(figure, path, show)
 
 
@@ -386,7 +424,7 @@ def plot_dropout(results, path, show=False):
         panel.set_title(run, fontsize=10)
         panel.label_outer()
     left.suptitle("Accuracy of the last epoch; bars: standard deviation of the seeds,\n"
-                  "with one seed the standard error of the validation images", fontsize=9)
+                  "with one seed the 95 % interval of the validation images", fontsize=9)
     figure.suptitle(f"Dropout ({utils.caption(sum(results.values(), []))})")
     utils.save_figure(figure, path, show)
 
@@ -396,15 +434,21 @@ def plot_over_dropout(axis, runs, key, style):
 
     runs: the records of each run's seeds.
     """
-    points = [(records[0]["recipe"]["flags"]["dropout"], numbers, records) for records in runs
-              if (numbers := utils.numbers_of(records, key))]
-    if not points:
+    runs = [records for records in runs if utils.numbers_of(records, key)]
+    if not runs:
         return
-    means = np.array([np.mean(numbers) for _, numbers, _ in points])
-    errors = [np.std(numbers, ddof=1) if len(numbers) > 1 else 0 for _, numbers, _ in points]
-    if not any(errors) and key != "train_accuracy":
-        errors = utils.standard_error(means, points[0][2][0]["recipe"]["data"]["val"])
-    axis.errorbar([rate for rate, *_ in points], means, errors, capsize=3, **style)
+    means = [np.mean(utils.numbers_of(records, key)) for records in runs]
+    errors = []
+    for records, mean in zip(runs, means):
+        numbers = utils.numbers_of(records, key)
+        if len(numbers) > 1:
+            errors.append([np.std(numbers, ddof=1)] * 2)
+        elif key == "train_accuracy":  # on the images it is trained on: no sample of others
+            errors.append([0, 0])
+        else:
+            errors.append(np.abs(np.array(utils.interval_of(records[0], key)) - mean))
+    rates = [records[0]["recipe"]["flags"]["dropout"] for records in runs]
+    axis.errorbar(rates, means, np.transpose(errors), capsize=3, **style)
 
 
 # ============================================= main =============================================
@@ -427,7 +471,13 @@ def main(argv=None):
         data = utils.load_data(flags.dataset, flags.image_size, flags.num_training,
                                flags.num_validation, MEAN, STD, device, flags.channels_last)
         failed = utils.run_all(plan, experiment, train, data, dtype)
-    return utils.show_results(plan, experiment, draw, data, failed)
+    results = utils.find_results(plan, experiment, data) if utils.is_main_process() else {}
+    for question, found in results.items():
+        draw(question, found, plan[question], data)
+    if results and flags.question != "none":
+        utils.write_page(__file__, flags, QUESTIONS, CLAIMS, experiment, data)
+    utils.check_outcome(flags, plan, results, failed)
+    return results
 
 
 if __name__ == "__main__":

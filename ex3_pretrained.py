@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.models import VGG11_BN_Weights, vgg11_bn
 
 import utils
-from utils import Question
+from utils import Claim, Question
 
 # --- experiment -------------------------------------------------------------------------------
 pretrained: bool | str = True  # ImageNet weights, or the path of others; False: from scratch (4b)
@@ -335,9 +335,15 @@ def test(run, model, data):
 
 # ========================================== questions ==========================================
 
+NOTE = ("We measure in eval mode on clean images; the report probably on flipped images with the "
+        "batch's statistics.")
+
 QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each column
     "4a": Question(
-        title="Table 5", shared={"fine_tune": False},
+        title="Table 5", shared={"fine_tune": False}, baseline="frozen",
+        figures=("figure_8_part_4a.png", "figure_8_part_4a_filters.png",
+                 "figure_8_part_4a_frozen_norm_train.png"),
+        note=NOTE,
         columns={"Validation accuracy": "val_accuracy", "Test accuracy": "test_accuracy",
                  "Test accuracy, first 1,000": "test_accuracy_first_1000"},
         rows=[  # the report's network was probably the second
@@ -345,7 +351,9 @@ QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each
             ("frozen, batch norm drifting", {"frozen_norm": "train"}, 65.1, 61.6, 61.6),
         ]),
     "4b": Question(
-        title="Table 6", shared={"fine_tune": True},
+        title="Table 6", shared={"fine_tune": True}, baseline="Model 2 (from scratch)", note=NOTE,
+        figures=("figure_9_part_4b_1.png", "figure_9_part_4b_1_filters.png",
+                 "figure_10_part_4b_2.png", "figure_10_part_4b_2_filters.png"),
         columns={"Early stop checkpoint": "best_epoch", "Validation accuracy": "val_accuracy",
                  "Train accuracy": "train_accuracy", "Test accuracy": "test_accuracy",
                  "Test accuracy, first 1,000": "test_accuracy_first_1000"},
@@ -354,6 +362,18 @@ QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each
             ("Model 2 (from scratch)", {"pretrained": False}, 19, 88.7, 98.0, 84.4, 84.4),
         ]),
 }
+
+CLAIMS = [  # question, claim, the report's figures, rule, what the rule compares
+    Claim("4b", "fine-tuning beats frozen features", "test 61.6 → 88.6", utils.is_better,
+          [("Model 1 (fine-tuned)", "reported", "test"), ("frozen", "reported", "test")]),
+    Claim("4b", "pretrained beats from scratch", "test 84.4 → 88.6", utils.is_better,
+          [("Model 1 (fine-tuned)", "reported", "test"),
+           ("Model 2 (from scratch)", "reported", "test")]),
+    # a question that the report leaves open
+    Claim("4a", "a frozen network gains by batch norm that drifts", "65.1 (which?)",
+          utils.is_better, [("frozen, batch norm drifting", "reported", "test"),
+                            ("frozen", "reported", "test")]),
+]
 
 # =========================================== figures ===========================================
 
@@ -371,10 +391,7 @@ def draw(question, results, runs, data):
                                    flags.show)
         utils.plot_filters(records[0], folder / f"figure_{number}_{name}_filters.png", flags.show)
     if question in QUESTIONS:
-        table = utils.slug(QUESTIONS[question].title).replace("-", "_")
-        utils.write_table(QUESTIONS[question], results, folder / f"{table}.md",
-                          "We measure in eval mode on clean images; the report probably on flipped "
-                          "images with the batch's statistics.")
+        utils.write_table(QUESTIONS[question], results, folder)
 
 
 # ============================================= main =============================================
@@ -400,7 +417,13 @@ def main(argv=None):
         data = utils.load_data(flags.dataset, flags.image_size, flags.num_training,
                                flags.num_validation, MEAN, STD, device, flags.channels_last)
         failed = utils.run_all(plan, experiment, train, data, dtype)
-    return utils.show_results(plan, experiment, draw, data, failed)
+    results = utils.find_results(plan, experiment, data) if utils.is_main_process() else {}
+    for question, found in results.items():
+        draw(question, found, plan[question], data)
+    if results and flags.question != "none":
+        utils.write_page(__file__, flags, QUESTIONS, CLAIMS, experiment, data)
+    utils.check_outcome(flags, plan, results, failed)
+    return results
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import ast
 import base64
 import contextlib
 import copy
+import csv
 import ctypes
 import difflib
 import hashlib
@@ -38,6 +39,7 @@ from datetime import timedelta
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import NormalDist
 
 # a notebook exports the backend of its own kernel, which a fresh environment does not have
 backend = os.environ.get("MPLBACKEND", "")
@@ -622,9 +624,11 @@ def plot_filters(record, path, show=False):
 
     A filter's weights for red, green and blue are its colour, grey is 0.
     """
-    if "filters" not in record:  # an older one
+    try:
+        before, after = (unpack(record["filters"][when]).astype(float)
+                         for when in ("before", "after"))
+    except KeyError:  # an older record
         return
-    before, after = (unpack(record["filters"][when]).astype(float) for when in ("before", "after"))
     limit = np.quantile(np.abs([before, after]), 0.99) or 1
     figure, axes = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
     for axis, filters, when in zip(axes, (before, after), (
@@ -645,6 +649,62 @@ def mosaic(filters, columns=16):
     tiles = np.ones((-(-count // columns) * columns, cell, cell, 3))
     tiles[:count, 1:-1, 1:-1] = filters.transpose(0, 2, 3, 1).repeat(zoom, 1).repeat(zoom, 2)
     return tiles.reshape(-1, columns, cell, cell, 3).swapaxes(1, 2).reshape(-1, columns * cell, 3)
+
+
+def plot_classes(record, path, show=False):
+    """The confusion matrix of the test images (%) and the accuracy of each class with Wilson's
+    interval."""
+    try:
+        labels, predicted = (unpack(part["test"]) for part in (
+            record["labels"], record["predictions"]["reported"]))
+    except KeyError:  # an older record
+        return
+    classes = record["recipe"]["data"]["classes"]
+    count = len(classes)
+    pairs = labels.astype(int) * count + predicted
+    confusion = np.bincount(pairs, minlength=count**2).reshape(count, count)
+    totals = confusion.sum(1).clip(1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    left.imshow(confusion / totals[:, None], cmap="Greys", vmin=0, vmax=1)
+    left.set(xlabel="predicted", ylabel="true class", title="of each class, % predicted as")
+    accuracy = 100 * confusion.diagonal() / totals
+    low, high = 100 * np.array([wilson(a / 100, n) for a, n in zip(accuracy, totals)]).T
+    right.errorbar(accuracy, range(count), xerr=abs(np.array([low, high]) - accuracy), fmt="o",
+                   color=TRAIN["color"], capsize=3)
+    right.set(xlim=(0, 100), ylim=(count - 0.5, -0.5), xlabel="test accuracy (%)",
+              title="accuracy of each class, 95 % intervals")
+    right.grid(alpha=0.3)
+    named = range(count) if count <= 30 else []  # more names would not be readable
+    left.set_xticks(named, [classes[i] for i in named], rotation=90)
+    for axis in (left, right):
+        axis.set_yticks(named, [classes[i] for i in named])
+    for row, column in np.ndindex(confusion.shape) if count <= 15 else ():
+        share = confusion[row, column] / totals[row]
+        left.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
+                  color="white" if share > 0.5 else "black")
+    figure.suptitle(f"{record['title']}, test images\n{caption([record])}", fontsize=11)
+    save_figure(figure, path, show)
+
+
+def plot_class_differences(a, b, title, path, show=False):
+    """Which classes one run has better than another: differences in test accuracy (points) with
+    their 95 % intervals (see difference_of). a, b: the records of two runs."""
+    samples = [right_answers(records, "reported", "test") for records in (a, b)]
+    if not all(samples):  # older records
+        return
+    labels, classes = unpack(a[0]["labels"]["test"]), a[0]["recipe"]["data"]["classes"]
+    rows = np.array([difference_of(*({seed: right[labels == i] for seed, right in sample.items()}
+                                     for sample in samples)) for i in range(len(classes))])
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axis.errorbar(rows[:, 0], range(len(classes)), xerr=abs(rows[:, 1:] - rows[:, :1]).T, fmt="o",
+                  color=TRAIN["color"], capsize=3)
+    axis.axvline(0, color="black", linewidth=1)
+    axis.set_yticks(range(len(classes)), classes)
+    axis.invert_yaxis()
+    axis.set(xlabel="difference in test accuracy (points), 95 % intervals")
+    axis.grid(alpha=0.3)
+    figure.suptitle(f"{title}, class by class\n{caption([*a, *b])}", fontsize=11)
+    save_figure(figure, path, show)
 
 
 def draw_curves(axis, records, quantity, parts=("train", "val")):
@@ -731,12 +791,16 @@ class Question:
 
     title: of the table; columns: {heading: key in a record's result}; shared: flags of all its runs
     rows: (run, the flags that this run sets, the report's number for each column or None)
+    baseline: the run with which the others are compared; figures: its files; note: on the table
     """
 
     rows: list
     shared: dict = field(default_factory=dict)
     title: str = ""
     columns: dict = field(default_factory=dict)
+    baseline: str = ""
+    figures: tuple = ()
+    note: str = ""
 
     def __post_init__(self):
         for run, _, *numbers in self.rows:
@@ -819,16 +883,13 @@ def run_all(plan, experiment, train, data, dtype):
     return failed
 
 
-def show_results(plan, experiment, draw, data, failed):
-    """Draw the figures and tables of each question that is planned, from the records.
+def find_results(plan, experiment, data=None):
+    """The records of what is planned: {question: {run: those of its seeds}}.
 
-    draw(question, results, runs, data). A run or a question without records is left out and named.
-    Of several processes rank 0 draws, what is there.
-    Returns {question: {run: the records of its seeds}}, where it draws. Raises Problem if there is
-    no record, and for the runs that failed.
+    data: None: that of the records. A run or a question without records is left out and named.
     """
     results = {}
-    for question, runs in plan.items() if is_main_process() else ():
+    for question, runs in plan.items():
         # a single experiment is shown alone, whatever other seeds are recorded
         seeds = [one.seed for one in each_seed(runs[""])] if question == "none" else None
         found = {run: find_records(flags, experiment, data and data.facts(), seeds)
@@ -838,8 +899,12 @@ def show_results(plan, experiment, draw, data, failed):
                   file=sys.stderr)
         if found := {run: records for run, records in found.items() if records}:
             results[question] = found
-            draw(question, found, runs, data)
-    problem, flags = "", next(iter(next(iter(plan.values())).values()))
+    return results
+
+
+def check_outcome(flags, plan, results, failed):
+    """Raise Problem at the end for runs that failed, or if there is no record."""
+    problem = ""
     if failed:
         problem = f"{len(failed)} of the runs failed: {'; '.join(failed)}"
     elif is_main_process() and not results:
@@ -849,7 +914,6 @@ def show_results(plan, experiment, draw, data, failed):
         print(problem, file=sys.stderr)  # at an exit code torchrun would end the other processes
     elif problem:
         raise Problem(problem)
-    return results
 
 
 def numbers_of(records, key):
@@ -859,48 +923,279 @@ def numbers_of(records, key):
             for number in numbers if number is not None]
 
 
-def table_cell(numbers, report, digits):
-    """ "82.1 ± 0.3 (82.9, -0.8)": the mean and deviation of ours, the report's, the difference.
+def table_cell(records, key, report):
+    """ "82.1 [79.6, 84.4] (82.9, -0.8)": ours, the report's, the difference; "–" if there is none.
 
-    "–" if the records do not have it.
+    One seed has Wilson's interval, more have their standard deviation: "82.1 ± 0.3".
     """
+    numbers, digits, spread = numbers_of(records, key), 1 if "accuracy" in key else 0, ""
     if not numbers:
-        return "–"
+        return "–" if records else "not run"
+    if len(numbers) > 1:
+        spread = f" ± {np.std(numbers, ddof=1):,.{digits}f}"
+    elif "val_accuracy" in key or "test_accuracy" in key:
+        low, high = interval_of(records[0], key)
+        spread = f" [{low:.1f}, {high:.1f}]"
     mean = np.mean(numbers)
-    deviation = f" ± {np.std(numbers, ddof=1):,.{digits}f}" if len(numbers) > 1 else ""
     compared = f" ({report:,}, {mean - report:+,.{digits}f})" if report is not None else ""
-    return f"{mean:,.{digits}f}{deviation}{compared}"
+    return f"{mean:,.{digits}f}{spread}{compared}"
 
 
-def standard_error(accuracy, images):
-    """The standard error (in %) of an accuracy (in %) that was measured on a number of images."""
-    return (accuracy * (100 - accuracy) / images) ** 0.5
+def interval_of(record, key):
+    """Wilson's interval (%) of an accuracy in the result of a record."""
+    images = record["recipe"]["data"]["val" if "val_accuracy" in key else "test"]
+    images = min(images, 1000) if key.endswith("first_1000") else images
+    return tuple(100 * limit for limit in wilson(record["result"][key], images))
 
 
-def write_table(question, results, path, note=""):
-    """Print the table of a question with our numbers beside the report's; keep it as Markdown.
+def table_lines(question, results):
+    """The table of a question in Markdown, as lines; results: {run: records of its seeds}.
 
-    results: {run: records of its seeds}.
+    The report's numbers stand beside ours where the classes are those of CIFAR-10.
     """
-    columns = question.columns
-    lines = [f"| Run | {' | '.join(columns)} | Seeds |", "|---" * (len(columns) + 2) + "|"]
+    records = [record for runs in results.values() for record in runs]
+    compared = has_cifar10_classes(records)
+    versus = [f"Test accuracy against {question.baseline}"] * bool(question.baseline)
+    base = right_answers(results.get(question.baseline, []), "reported", "test")
+    headings = ["Run", *question.columns, *versus, "Seeds"]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for run, _, *report in question.rows:
-        records = results.get(run, [])
-        cells = [table_cell(numbers_of(records, key), number, 1 if "accuracy" in key else 0)
-                 if records else "not run" for key, number in zip(columns.values(), report)]
-        lines.append(f"| {run} | {' | '.join(cells)} | {len(records)} |")
-    everything = [record for records in results.values() for record in records]
-    epochs = sorted({record["recipe"]["flags"]["num_epochs"] for record in everything})
-    images = everything[0]["recipe"]["data"]["val"]
-    error = standard_error(np.mean(numbers_of(everything, "val_accuracy")), images)
-    heading = (f"**{question.title}** on {caption(everything)}, {' or '.join(map(str, epochs))} "
+        found = results.get(run, [])
+        cells = [table_cell(found, key, number if compared else None)
+                 for key, number in zip(question.columns.values(), report)]
+        if versus:
+            ours = right_answers(found, "reported", "test")
+            cells.append(points(*difference_of(ours, base)) if (
+                run != question.baseline and ours and base) else "–")
+        lines.append(f"| {run} | {' | '.join(cells)} | {len(found)} |")
+    epochs = sorted({record["recipe"]["flags"]["num_epochs"] for record in records})
+    heading = (f"**{question.title}** on {caption(records)}, {' or '.join(map(str, epochs))} "
                "epochs at most")
-    legend = ("Ours (the report's, the difference); accuracies in %. The standard error of a "
-              f"validation accuracy here is {error:.1f} points ({images:,} images). {note}").strip()
-    text = "\n".join([heading, "", *lines, "", legend, ""])
+    legend = "Ours" + " (the report's, the difference)" * compared + (
+        "; accuracies in %. In brackets 95 % intervals: of one accuracy Wilson's; of a difference "
+        "paired over the test images, which speaks for these two trained networks, or with two "
+        "seeds or more Welch's over the seeds.")
+    return [heading, "", *lines, "", f"{legend} {question.note}".strip(), ""]
+
+
+def has_cifar10_classes(records):
+    """Whether the report's numbers can stand beside those of these records."""
+    return records[0]["recipe"]["data"]["classes"] == list(CIFAR10_CLASSES)
+
+
+def write_table(question, results, folder):
+    """Print the table of a question and keep it as Markdown; results: {run: records}."""
+    path = folder / f"{slug(question.title).replace('-', '_')}.md"
+    text = "\n".join(table_lines(question, results))
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"\n{text}\nTable: {path.relative_to(FOLDER)}\n")
+
+
+# ============================ is the difference real? Claims and pages ============================
+# A sample is what one run has right, {seed: bool (N,)}, of the reported or other predictions on the
+# test or the validation images.
+
+
+@dataclass
+class Claim:
+    """A conclusion of the report, and how it is judged.
+
+    claim: in our words; report: the report's figures; rule: one of the functions below
+    samples: what the rule compares: (run, predictions, images), as in ("frozen", "reported",
+    "test"); options: further arguments of the rule
+    """
+
+    question: str
+    claim: str
+    report: str
+    rule: object
+    samples: list
+    options: dict = field(default_factory=dict)
+
+    def judge(self, results):
+        """The verdict and our figures, two texts; results: {question: {run: records}}."""
+        found = []
+        for run, predictions, images in self.samples:
+            questions = (results.get(self.question, {}), *results.values())
+            records = next((runs[run] for runs in questions if run in runs), [])
+            found.append(right_answers(records, predictions, images))
+        if not all(found):
+            return "not measured", "–"
+        return self.rule([sample[0] for sample in self.samples], found, **self.options)
+
+
+def right_answers(records, predictions, images):
+    """A sample: which images each seed has right; without the records that hold no predictions."""
+    sample = {}
+    for record in records:
+        with contextlib.suppress(KeyError):
+            sample[record["seed"]] = (unpack(record["predictions"][predictions][images])
+                                      == unpack(record["labels"][images]))
+    return sample
+
+
+def wilson(accuracy, images):
+    """Wilson's 95 % interval (low, high) of an accuracy (0..1) on a number of images."""
+    z = NormalDist().inv_cdf(0.975)
+    middle = accuracy + z**2 / (2 * images)
+    half = z * (accuracy * (1 - accuracy) / images + (z / (2 * images)) ** 2) ** 0.5
+    return (middle - half) / (1 + z**2 / images), (middle + half) / (1 + z**2 / images)
+
+
+def t_quantile(p, degrees):
+    """A quantile of Student's t: over the angle a with t = sqrt(degrees) tan(a) its density is
+    proportional to cos(a)^(degrees - 1)."""
+    angle = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
+    mass = np.cumsum(np.cos(angle).clip(0) ** (degrees - 1))
+    return degrees**0.5 * np.tan(np.interp(p, mass / mass[-1], angle))
+
+
+def difference_of(a, b, level=0.95):
+    """The difference of two accuracies in points, and its interval: (difference, low, high).
+
+    a, b: samples. With one seed each they are paired, image by image (Dietterich 1998): that speaks
+    for these two trained networks. With more it is Welch's t of the seeds' accuracies.
+    """
+    if min(len(a), len(b)) > 1:
+        x, y = ([100 * right.mean() for right in sample.values()] for sample in (a, b))
+        middle = np.mean(x) - np.mean(y)
+        errors = [np.var(values, ddof=1) / len(values) for values in (x, y)]
+        parts = sum(error**2 / (len(values) - 1) for error, values in zip(errors, (x, y)))
+        half = t_quantile(0.5 + level / 2, sum(errors) ** 2 / parts) * sum(errors) ** 0.5 if (
+            parts) else 0
+    else:
+        seed = min(a.keys() & b.keys(), default=None)
+        first, second = (sample.get(seed, next(iter(sample.values()))) for sample in (a, b))
+        differences = 100.0 * first - 100.0 * second
+        middle = differences.mean()
+        half = NormalDist().inv_cdf(0.5 + level / 2) * differences.std() / len(differences) ** 0.5
+    return middle, middle - half, middle + half
+
+
+def points(difference, low, high):
+    """ "+1.2 [+0.4, +2.0]": a difference and its interval."""
+    return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def is_better(runs, samples):
+    """The rule "the first is better than the second"."""
+    interval = difference_of(*samples)
+    verdict = ("holds" if interval[1] > 0 else "does not hold" if interval[2] < 0 else "undecided")
+    return verdict, points(*interval)
+
+
+def is_best(runs, samples):
+    """The rule "the first is better than each of the others", with Bonferroni's correction."""
+    intervals = {run: difference_of(samples[0], sample, 1 - 0.05 / (len(samples) - 1))
+                 for run, sample in zip(runs[1:], samples[1:])}
+    nearest = min(intervals, key=lambda run: intervals[run][0])
+    ours = f"against {nearest} {points(*intervals[nearest])}"
+    level = [run for run, (_, low, high) in intervals.items() if low <= 0 <= high]
+    if any(high < 0 for _, _, high in intervals.values()):
+        return "does not hold", ours
+    if level:
+        first = "first, but level with " if intervals[nearest][0] > 0 else "level with "
+        return first + ", ".join(level), ours
+    return "holds", ours
+
+
+def does_not_gain(runs, samples, margin):
+    """The rule "the first is not better than the second by more than a margin (points)"."""
+    interval = difference_of(*samples)
+    verdict = ("holds" if interval[2] < margin else "does not hold" if interval[1] > margin
+               else "undecided")
+    return verdict, points(*interval)
+
+
+def is_at_chance(runs, samples, classes, margin):
+    """The rule "no better than chance by more than a margin (points)"."""
+    rights = np.concatenate(list(samples[0].values()))
+    low, high = (100 * limit for limit in wilson(rights.mean(), len(rights)))
+    limit = 100 / classes + margin
+    verdict = "holds" if high < limit else "does not hold" if low > limit else "undecided"
+    return verdict, f"{100 * rights.mean():.1f} [{low:.1f}, {high:.1f}] %"
+
+
+def claims_table(claims, results):
+    """The conclusions of the report beside ours, as lines of Markdown."""
+    lines = ["| question | the report's conclusion | report | ours | verdict |", "|---" * 5 + "|"]
+    for claim in claims:
+        verdict, ours = claim.judge(results)
+        lines.append(f"| {claim.question} | {claim.claim} | {claim.report} | {ours} "
+                     f"| **{verdict}** |")
+    return lines
+
+
+def write_page(script, flags, questions, claims, experiment, data=None):
+    """Write the page of a data set, figures/<data>/README.md, and its results.csv.
+
+    A script writes its own part, between comments with its name; that of the other one stays.
+    """
+    plans, folder = {}, results_folder(flags)
+    for name in questions:
+        with contextlib.suppress(Problem):  # a given flag makes no sense in this question
+            plans |= plan(flags.replace(question=name), questions)
+    with contextlib.redirect_stderr(io.StringIO()):  # what is missing is seen in the tables
+        results = find_results(plans, experiment, data)
+    path, script = folder / "README.md", Path(script).name
+    records, lines = load_records(folder), []
+    if has_cifar10_classes(records):
+        lines = [f"## Did the report hold up? ({script})", "", *claims_table(claims, results), ""]
+    for name, runs in results.items():
+        question = questions[name]
+        lines += [f"## Question {name}", ""]
+        lines += table_lines(question, runs) if question.columns else []
+        lines += [f"![{figure}]({figure})\n" for figure in question.figures
+                  if (folder / figure).exists()]
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    parts = dict(re.findall(r"<!-- (\S+) -->\n(.*?)\n<!-- end -->", page, re.DOTALL))
+    parts[script] = "\n".join(lines)
+    blocks = [f"<!-- {name} -->\n{part}\n<!-- end -->\n" for name, part in sorted(parts.items())]
+    text = "\n".join([f"# Results on {records[0]['data']}\n", *blocks, *colophon(records)])
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    with atomic_write(folder / "results.csv") as temporary:
+        write_csv(records, temporary)
+    print(f"Page: {path.relative_to(FOLDER)}")
+
+
+def colophon(records):
+    """Data, machines and code behind the records of a page, as lines of Markdown."""
+    def several(of):
+        return ", ".join(sorted({of(record) for record in records}))
+
+    hours = sum(record["seconds"] for record in records) / 3600
+    return ["## Behind these numbers", "",
+            f"- Data: fingerprint {several(lambda r: r['recipe']['data']['fingerprint'])}",
+            f"- Runs: {len(records)}, {hours:.1f} hours, {several(lambda r: r['precision'])}",
+            f"- Machine: {several(lambda r: r['device'])}",
+            f"- PyTorch: {several(lambda r: r['versions']['torch'])}",
+            f"- Code: {several(describe_code)}", ""]
+
+
+def describe_code(record):
+    """The commit that a record was made by, and what was changed in it."""
+    if not record["code"]:
+        return "commit not recorded"
+    changed = record["code"]["changed"]
+    return (f"commit {record['code']['commit'][:7]}"
+            + f" with changes in {' and '.join(changed)}" * bool(changed))
+
+
+def write_csv(records, path):
+    """All records as a table, a line for each run and seed."""
+    rows = [{"run": record["title"], "seed": record["seed"], "precision": record["precision"],
+             **{f"{part}_images": record["recipe"]["data"][part]
+                for part in ("train", "val", "test")},
+             "epochs": len(record["history"]["val_loss"]), **record["result"],
+             "seconds": round(record["seconds"]), "device": record["device"],
+             "code": describe_code(record)} for record in records]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # ################################################################################################
@@ -1507,6 +1802,8 @@ def load_record(path, *version):
         record = json.loads(path.read_text(encoding="utf-8"))
         result, recipe = record["result"], record["recipe"]
         check_history(record["history"], max(result["epoch"], result["best_epoch"] or 1))
+        if not 0 <= record["seconds"] < math.inf:
+            raise ValueError("its time is impossible")
         counts = [record["seed"] + 1, result["epoch"], recipe["flags"]["num_epochs"],
                   *(recipe["data"][part] for part in ("train", "val", "test"))]
         if not (all(isinstance(count, int) and 0 < count < 2**63 for count in counts)
@@ -1517,8 +1814,10 @@ def load_record(path, *version):
                        *record.get("predictions", {}).values()):
             if not all(np.isfinite(unpack(text)).all() for text in arrays.values()):
                 raise ValueError("an array of it is impossible")
-        for key in ("title", "data", "precision", "finished"):
-            record[key].encode()  # a text, and one that can be written
+        for text in (record["title"], record["data"], record["precision"], record["finished"],
+                     record["device"], record["versions"]["torch"], describe_code(record),
+                     recipe["data"]["fingerprint"], *recipe["data"]["classes"]):
+            text.encode()  # a text, and one that can be written
         return record
     except (OSError, EOFError, *MALFORMED) as problem:
         print(f"{path} cannot be read as the record of a run and is left out: "

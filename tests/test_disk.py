@@ -22,7 +22,7 @@ def test_a_file_that_does_not_fit_leaves_the_old_one(start, tmp_path):
     assert finish(start(tmp_path, *SHORT)) == 0
     old = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.name != "data.pt"
            and path.is_file()}
-    assert sorted(path.suffix for path in old) == [".ckpt", ".json", ".png", ".png"]
+    assert sorted(path.suffix for path in old) == [".ckpt", ".json", ".png", ".png", ".png"]
     size = {path.suffix: path.stat().st_size for path in old}
     for argument, limit, name in [
             ("--seed=0", size[".ckpt"] // 2, LATEST), ("--seed=0", size[".ckpt"] * 9 // 10, LATEST),
@@ -40,13 +40,13 @@ def test_a_file_that_does_not_fit_leaves_the_old_one(start, tmp_path):
 def test_a_table_that_does_not_fit_leaves_the_old_one(small):
     question = ex3_convnet.QUESTIONS["2a"]
     results = ex3_convnet.main([*SHORT, "--question=2a"])["2a"]
-    path = small / "table.md"
+    path = small / "table_1.md"
     path.write_text("old")
     before = utils.resource.getrlimit(utils.resource.RLIMIT_FSIZE)
     utils.resource.setrlimit(utils.resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        with pytest.raises(utils.Problem, match="table.md cannot be written"):
-            utils.write_table(question, results, path)
+        with pytest.raises(utils.Problem, match="table_1.md cannot be written"):
+            utils.write_table(question, results, small)
     finally:
         utils.resource.setrlimit(utils.resource.RLIMIT_FSIZE, before)
     assert path.read_text() == "old"

@@ -124,4 +124,4 @@ def test_a_record_of_before_there_were_filters_draws_none(few, folder, figures):
 def test_without_a_display_show_says_so(few, folder, small_convnet, figures, capsys):
     ex3_convnet.main([*TINY, "--show"])
     assert "There is no display to show it on: open the file" in capsys.readouterr().out
-    assert len(list(folder.glob("figures/*/*.png"))) == len(figures) == 2
+    assert len(list(folder.glob("figures/*/*.png"))) == len(figures) == 3

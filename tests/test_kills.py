@@ -103,7 +103,7 @@ def test_two_processes_at_once_leave_valid_files(start, tmp_path):
     assert [finish(process) for process in both] == [0, 0]
     assert outcome(tmp_path / "shared") == outcome(tmp_path / "alone")
     figures = list((tmp_path / "shared").rglob("*.png"))
-    assert len(figures) == 2
+    assert len(figures) == 3
     for path in figures:
         with Image.open(path) as image:
             image.load()

@@ -137,6 +137,12 @@ def figures(folder):
     return {path.name for path in (folder / "figures/synthetic-60").glob("figure_*.png")}
 
 
+@pytest.fixture
+def like_cifar10(few):
+    """Few images whose classes are those of CIFAR-10, so that the report's numbers are shown."""
+    few.classes = list(utils.CIFAR10_CLASSES)
+
+
 def check_table(path, results, question):
     """Each cell holds the mean over the records, the report's number, and their difference."""
     report = {run: dict(zip(question.columns, numbers)) for run, _, *numbers in question.rows}
@@ -148,6 +154,13 @@ def check_table(path, results, question):
         records = results[row[0].strip()]
         assert int(row[-1]) == len(records)
         for column, cell in zip(columns, row[1:-1]):
+            if column.startswith("Test accuracy against"):
+                assert (cell.strip() == "–") == (row[0].strip() == question.baseline)
+                if cell.strip() != "–":
+                    own, base = (np.mean([100 * record["result"]["test_accuracy"] for record in of])
+                                 for of in (records, results[question.baseline]))
+                    assert numbers(cell)[0] == pytest.approx(own - base, abs=0.051)
+                continue
             if "recalibrated" in column and "no batch norm" in row[0]:
                 assert cell.strip() == "–"
                 continue
@@ -195,7 +208,7 @@ def read_back(folder, results):
     return results
 
 
-def test_every_question_of_the_convnet(small, folder, capsys, monkeypatch):
+def test_every_question_of_the_convnet(like_cifar10, small, folder, capsys, monkeypatch):
     results = read_back(folder, ex3_convnet.main([*TINY, "--question=all"]))
     assert len(small) == 1 + 1 + 2 + 8 + 12  # 27: 1 and 2a share one; 2a, 3a and 3b one
     place, output = folder / "figures/synthetic-60", capsys.readouterr().out
@@ -203,7 +216,7 @@ def test_every_question_of_the_convnet(small, folder, capsys, monkeypatch):
         text = (place / f"table_{table}.md").read_text()
         check_table(place / f"table_{table}.md", results[question], ex3_convnet.QUESTIONS[question])
         assert "synthetic, 60 training images, seed 0, 1 epochs" in text
-        assert "standard error" in text
+        assert "95 % intervals" in text
         assert text in output
     assert figures(folder) == {
         "figure_1_2_filters.png", "figure_3.png", "figure_4.png", "figure_5.png", "figure_6.png",
@@ -213,14 +226,16 @@ def test_every_question_of_the_convnet(small, folder, capsys, monkeypatch):
             assert len(image.convert("RGB").getcolors(2**24)) > 50
 
     # all of it but the picture of the techniques can be drawn again from the records alone
-    before = {path.name: path.read_bytes() for path in place.glob("*.md")}
-    drawn = figures(folder) - {"figure_6_techniques.png"}
-    for path in [*place.glob("*.md"), *place.glob("*.png")]:
-        path.unlink()
+    before = {path.name: path.read_bytes() for path in [*place.glob("*.md"), *place.glob("*.csv")]}
+    assert {"README.md", "results.csv"} < before.keys()
+    drawn = figures(folder)
+    for path in [*place.glob("*.md"), *place.glob("*.csv"), *place.glob("*.png")]:
+        if path.name != "figure_6_techniques.png":
+            path.unlink()
     monkeypatch.setattr(utils, "load_data", None)
     monkeypatch.setattr(ex3_convnet, "train", None)
     ex3_convnet.main([*TINY, "--question=all", "--redraw"])
-    assert {path.name: path.read_bytes() for path in place.glob("*.md")} == before
+    assert {name: (place / name).read_bytes() for name in before} == before
     assert figures(folder) == drawn
 
 
@@ -233,7 +248,7 @@ def test_a_run_without_record_leaves_no_empty_axes(small, folder, monkeypatch):
     assert titles == [["without batch norm", "with batch norm"], ["without batch norm"]]
 
 
-def test_every_question_of_the_pretrained_network(few, folder, weights_file):
+def test_every_question_of_the_pretrained_network(like_cifar10, folder, weights_file):
     results = read_back(folder, ex3_pretrained.main([
         *TINY, "--question=all", f"--pretrained={weights_file}"]))
     for table, question in (5, "4a"), (6, "4b"):
@@ -244,7 +259,7 @@ def test_every_question_of_the_pretrained_network(few, folder, weights_file):
         "8_part_4a", "8_part_4a_frozen_norm_train", "9_part_4b_1", "10_part_4b_2")}
 
 
-def test_several_seeds_show_mean_and_deviation(small, folder):
+def test_several_seeds_show_mean_and_deviation(like_cifar10, small, folder):
     results = ex3_convnet.main([*TINY, "--question=2a", "--seeds=3"])
     path = folder / "figures/synthetic-60/table_1.md"
     check_table(path, results["2a"], ex3_convnet.QUESTIONS["2a"])
@@ -284,7 +299,7 @@ def test_an_older_record_without_recalibrated_accuracy_can_be_drawn(small, folde
     ex3_convnet.main([*TINY, "--question=3b", "--redraw"])
     row = next(line for line in (folder / "figures/synthetic-60/table_4.md").read_text().split("\n")
                if line.startswith("| no dropout |"))
-    assert row.endswith("| – | 1 |")
+    assert row.endswith("| – | – | 1 |")  # and the baseline is not compared with itself
     assert numbers(row)[1] == pytest.approx(100 * record["result"]["val_accuracy"], abs=0.051)
 
 
@@ -305,7 +320,7 @@ def test_a_row_without_a_number_for_each_column_is_refused():
     assert utils.Question(rows=[("mine", {})]).columns == {}
 
 
-def test_a_ninth_technique_is_an_entry_and_a_row(small, folder, monkeypatch):
+def test_a_ninth_technique_is_an_entry_and_a_row(like_cifar10, small, folder, monkeypatch):
     """It trains, and stands in Table 3, Figure 6 and the picture of the techniques."""
     monkeypatch.setitem(utils.AUGMENTATIONS, "half_turn", partial(utils.rotate, degrees=180))
     question = ex3_convnet.QUESTIONS["3a"]
