@@ -886,9 +886,10 @@ def run_all(plan, experiment, train, data, dtype):
 def find_results(plan, experiment, data=None):
     """The records of what is planned: {question: {run: those of its seeds}}.
 
-    data: None: that of the records. A run or a question without records is left out and named.
+    data: None: that of the records. A run or a question without records is left out and named, and
+    so is a question all of whose records are those of an earlier one.
     """
-    results = {}
+    results, shown = {}, set()
     for question, runs in plan.items():
         # a single experiment is shown alone, whatever other seeds are recorded
         seeds = [one.seed for one in each_seed(runs[""])] if question == "none" else None
@@ -897,8 +898,11 @@ def find_results(plan, experiment, data=None):
         if missing := [run for run, records in found.items() if run and not records]:
             print(f"Question {question}: no record with these flags of {'; '.join(missing)}",
                   file=sys.stderr)
-        if found := {run: records for run, records in found.items() if records}:
+        found = {run: records for run, records in found.items() if records}
+        new = {id(record) for records in found.values() for record in records} - shown
+        if new:
             results[question] = found
+        shown |= new
     return results
 
 
