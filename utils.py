@@ -630,7 +630,8 @@ def plot_filters(record, path, show=False):
     except KeyError:  # an older record
         return
     limit = np.quantile(np.abs([before, after]), 0.99) or 1
-    figure, axes = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
+    height = 1.1 + 0.37 * -(-len(after) // 16)  # inches, for rows of 16 filters
+    figure, axes = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
     for axis, filters, when in zip(axes, (before, after), (
             "before training", f"after training (epoch {record['result']['epoch']})")):
         axis.imshow(mosaic((0.5 + filters / (2 * limit)).clip(0, 1)))
