@@ -1708,8 +1708,7 @@ def make_recipe(script, flags, facts, model, optimizer, scheduler, mean, std):
             name: value for name, value in scheduler.state_dict().items()
             if name[0] != "_" and name != "last_epoch"}},
         "augmentation": {} if flags.augmentation == "none" else {
-            name: {"function": AUGMENTATIONS[name].func.__name__, **AUGMENTATIONS[name].keywords}
-            for name in flags.augmentation.split("+")},
+            name: describe_function(AUGMENTATIONS[name]) for name in flags.augmentation.split("+")},
         "normalization": {"mean": mean, "std": std},
         "batch_norm_shards": facts["batch_norm_shards"] if batch_norms(model) else None,
         "flags": flags.what()}
@@ -1727,6 +1726,13 @@ def describe_layer(layer):
         if value != parameter.default:
             settings.append(f"{name}={value}")
     return f"{type(layer).__name__}({', '.join(settings)})"
+
+
+def describe_function(function):
+    """A function, or a partial one with its parameters, by name."""
+    partly = isinstance(function, partial)
+    return {"function": (function.func if partly else function).__name__,
+            **(function.keywords if partly else {})}
 
 
 def without_off(value):
