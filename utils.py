@@ -692,7 +692,8 @@ def plot_class_differences(a, b, title, path, show=False):
     samples = [right_answers(records, "reported", "test") for records in (a, b)]
     if not all(samples):  # older records
         return
-    labels, classes = unpack(a[0]["labels"]["test"]), a[0]["recipe"]["data"]["classes"]
+    labels = unpack(next(record["labels"]["test"] for record in a if "labels" in record))
+    classes = a[0]["recipe"]["data"]["classes"]
     rows = np.array([difference_of(*({seed: right[labels == i] for seed, right in sample.items()}
                                      for sample in samples)) for i in range(len(classes))])
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -1014,7 +1015,10 @@ class Claim:
     options: dict = field(default_factory=dict)
 
     def judge(self, results):
-        """The verdict and our figures, two texts; results: {question: {run: records}}."""
+        """The verdict and our figures, two texts; results: {question: {run: records}}.
+
+        A run is that of its own question, else of another one; without records it has [].
+        """
         found = []
         for run, predictions, images in self.samples:
             questions = (results.get(self.question, {}), *results.values())
@@ -1040,15 +1044,16 @@ def wilson(accuracy, images):
     z = NormalDist().inv_cdf(0.975)
     middle = accuracy + z**2 / (2 * images)
     half = z * (accuracy * (1 - accuracy) / images + (z / (2 * images)) ** 2) ** 0.5
-    return (middle - half) / (1 + z**2 / images), (middle + half) / (1 + z**2 / images)
+    low, high = (limit / (1 + z**2 / images) for limit in (middle - half, middle + half))
+    return max(low, 0.0), min(high, 1.0)  # of 0 % a rounding error would be shown as -0.0
 
 
 def t_quantile(p, degrees):
     """A quantile of Student's t: over the angle a with t = sqrt(degrees) tan(a) its density is
     proportional to cos(a)^(degrees - 1)."""
-    angle = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
-    mass = np.cumsum(np.cos(angle).clip(0) ** (degrees - 1))
-    return degrees**0.5 * np.tan(np.interp(p, mass / mass[-1], angle))
+    ends = np.linspace(-np.pi / 2, np.pi / 2, 20_001)
+    mass = np.cumsum(np.cos((ends[1:] + ends[:-1]) / 2) ** (degrees - 1))
+    return degrees**0.5 * np.tan(np.interp(p, mass / mass[-1], ends[1:]))
 
 
 def difference_of(a, b, level=0.95):
@@ -1141,7 +1146,9 @@ def write_page(script, flags, questions, claims, experiment, data=None):
     path, script = folder / "README.md", Path(script).name
     records, lines = load_records(folder), []
     if has_cifar10_classes(records):
-        lines = [f"## Did the report hold up? ({script})", "", *claims_table(claims, results), ""]
+        every = {name: {run: results.get(name, {}).get(run, []) for run, *_ in question.rows}
+                 for name, question in questions.items()}  # also what has no record
+        lines = [f"## Did the report hold up? ({script})", "", *claims_table(claims, every), ""]
     for name, runs in results.items():
         question = questions[name]
         lines += [f"## Question {name}", ""]
