@@ -973,10 +973,12 @@ def table_lines(question, results):
     heading = (f"**{question.title}** on {caption(records)}, {' or '.join(map(str, epochs))} "
                "epochs at most")
     legend = "Ours" + " (the report's, the difference)" * compared + (
-        "; accuracies in %. In brackets 95 % intervals: of one accuracy Wilson's; of a difference "
-        "paired over the test images, which speaks for these two trained networks, or with two "
-        "seeds or more Welch's over the seeds.")
-    return [heading, "", *lines, "", f"{legend} {question.note}".strip(), ""]
+        "; accuracies in %, of several seeds their mean ± standard deviation. In brackets 95 % "
+        "intervals: of one accuracy Wilson's") + (
+        "; of a difference (points) paired over the test images, which speaks for these two "
+        "trained networks only, or with two seeds or more each Welch's over the seeds"
+        ) * bool(versus)
+    return [heading, "", *lines, "", f"{legend}. {question.note}".strip(), ""]
 
 
 def has_cifar10_classes(records):
@@ -1110,7 +1112,7 @@ def does_not_gain(runs, samples, margin):
     interval = difference_of(*samples)
     verdict = ("holds" if interval[2] < margin else "does not hold" if interval[1] > margin
                else "undecided")
-    return verdict, points(*interval)
+    return verdict, f"{points(*interval)}, margin {margin:g}"
 
 
 def is_at_chance(runs, samples, classes, margin):
@@ -1119,17 +1121,19 @@ def is_at_chance(runs, samples, classes, margin):
     low, high = (100 * limit for limit in wilson(rights.mean(), len(rights)))
     limit = 100 / classes + margin
     verdict = "holds" if high < limit else "does not hold" if low > limit else "undecided"
-    return verdict, f"{100 * rights.mean():.1f} [{low:.1f}, {high:.1f}] %"
+    return verdict, f"{100 * rights.mean():.1f} % [{low:.1f}, {high:.1f}], at most {limit:g}"
 
 
 def claims_table(claims, results):
     """The conclusions of the report beside ours, as lines of Markdown."""
-    lines = ["| question | the report's conclusion | report | ours | verdict |", "|---" * 5 + "|"]
+    lines = ["| question | the report's conclusion, or what it leaves open | report | ours "
+             "| verdict |", "|---" * 5 + "|"]
     for claim in claims:
         verdict, ours = claim.judge(results)
         lines.append(f"| {claim.question} | {claim.claim} | {claim.report} | {ours} "
                      f"| **{verdict}** |")
-    return lines
+    return [*lines, "", "Ours: how much the first is ahead (points of accuracy), and the 95 % "
+            "interval. It holds or not if the whole interval says so, else it is undecided."]
 
 
 def write_page(script, flags, questions, claims, experiment, data=None):
@@ -1159,7 +1163,8 @@ def write_page(script, flags, questions, claims, experiment, data=None):
     parts = dict(re.findall(r"<!-- (\S+) -->\n(.*?)\n<!-- end -->", page, re.DOTALL))
     parts[script] = "\n".join(lines)
     blocks = [f"<!-- {name} -->\n{part}\n<!-- end -->\n" for name, part in sorted(parts.items())]
-    text = "\n".join([f"# Results on {records[0]['data']}\n", *blocks, *colophon(records)])
+    about = f"{records[0]['data']}, {records[0]['recipe']['data']['train']:,} training images"
+    text = "\n".join([f"# Results on {about}\n", *blocks, *colophon(records)])
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     with atomic_write(folder / "results.csv") as temporary:
