@@ -693,7 +693,8 @@ def plot_class_differences(a, b, title, path, show=False):
     samples = [right_answers(records, "reported", "test") for records in (a, b)]
     if not all(samples):  # older records
         return
-    labels, classes = unpack(a[0]["labels"]["test"]), a[0]["recipe"]["data"]["classes"]
+    labels = unpack(next(record["labels"]["test"] for record in a if "labels" in record))
+    classes = a[0]["recipe"]["data"]["classes"]
     rows = np.array([difference_of(*({seed: right[labels == i] for seed, right in sample.items()}
                                      for sample in samples)) for i in range(len(classes))])
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -977,10 +978,12 @@ def table_lines(question, results):
     heading = (f"**{question.title}** on {caption(records)}, {' or '.join(map(str, epochs))} "
                "epochs at most")
     legend = "Ours" + " (the report's, the difference)" * compared + (
-        "; accuracies in %. In brackets 95 % intervals: of one accuracy Wilson's; of a difference "
-        "paired over the test images, which speaks for these two trained networks, or with two "
-        "seeds or more Welch's over the seeds.")
-    return [heading, "", *lines, "", f"{legend} {question.note}".strip(), ""]
+        "; accuracies in %, of several seeds their mean ± standard deviation. In brackets 95 % "
+        "intervals: of one accuracy Wilson's") + (
+        "; of a difference (points) paired over the test images, which speaks for these two "
+        "trained networks only, or with two seeds or more each Welch's over the seeds"
+        ) * bool(versus)
+    return [heading, "", *lines, "", f"{legend}. {question.note}".strip(), ""]
 
 
 def has_cifar10_classes(records):
@@ -1019,7 +1022,10 @@ class Claim:
     options: dict = field(default_factory=dict)
 
     def judge(self, results):
-        """The verdict and our figures, two texts; results: {question: {run: records}}."""
+        """The verdict and our figures, two texts; results: {question: {run: records}}.
+
+        A run is that of its own question, else of another one; without records it has [].
+        """
         found = []
         for run, predictions, images in self.samples:
             questions = (results.get(self.question, {}), *results.values())
@@ -1045,15 +1051,16 @@ def wilson(accuracy, images):
     z = NormalDist().inv_cdf(0.975)
     middle = accuracy + z**2 / (2 * images)
     half = z * (accuracy * (1 - accuracy) / images + (z / (2 * images)) ** 2) ** 0.5
-    return (middle - half) / (1 + z**2 / images), (middle + half) / (1 + z**2 / images)
+    low, high = (limit / (1 + z**2 / images) for limit in (middle - half, middle + half))
+    return max(low, 0.0), min(high, 1.0)  # of 0 % a rounding error would be shown as -0.0
 
 
 def t_quantile(p, degrees):
     """A quantile of Student's t: over the angle a with t = sqrt(degrees) tan(a) its density is
     proportional to cos(a)^(degrees - 1)."""
-    angle = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
-    mass = np.cumsum(np.cos(angle).clip(0) ** (degrees - 1))
-    return degrees**0.5 * np.tan(np.interp(p, mass / mass[-1], angle))
+    ends = np.linspace(-np.pi / 2, np.pi / 2, 20_001)
+    mass = np.cumsum(np.cos((ends[1:] + ends[:-1]) / 2) ** (degrees - 1))
+    return degrees**0.5 * np.tan(np.interp(p, mass / mass[-1], ends[1:]))
 
 
 def difference_of(a, b, level=0.95):
@@ -1110,7 +1117,7 @@ def does_not_gain(runs, samples, margin):
     interval = difference_of(*samples)
     verdict = ("holds" if interval[2] < margin else "does not hold" if interval[1] > margin
                else "undecided")
-    return verdict, points(*interval)
+    return verdict, f"{points(*interval)}, margin {margin:g}"
 
 
 def is_at_chance(runs, samples, classes, margin):
@@ -1119,17 +1126,19 @@ def is_at_chance(runs, samples, classes, margin):
     low, high = (100 * limit for limit in wilson(rights.mean(), len(rights)))
     limit = 100 / classes + margin
     verdict = "holds" if high < limit else "does not hold" if low > limit else "undecided"
-    return verdict, f"{100 * rights.mean():.1f} [{low:.1f}, {high:.1f}] %"
+    return verdict, f"{100 * rights.mean():.1f} % [{low:.1f}, {high:.1f}], at most {limit:g}"
 
 
 def claims_table(claims, results):
     """The conclusions of the report beside ours, as lines of Markdown."""
-    lines = ["| question | the report's conclusion | report | ours | verdict |", "|---" * 5 + "|"]
+    lines = ["| question | the report's conclusion, or what it leaves open | report | ours "
+             "| verdict |", "|---" * 5 + "|"]
     for claim in claims:
         verdict, ours = claim.judge(results)
         lines.append(f"| {claim.question} | {claim.claim} | {claim.report} | {ours} "
                      f"| **{verdict}** |")
-    return lines
+    return [*lines, "", "Ours: how much the first is ahead (points of accuracy), and the 95 % "
+            "interval. It holds or not if the whole interval says so, else it is undecided."]
 
 
 def write_page(script, flags, questions, claims, experiment, data=None):
@@ -1146,7 +1155,9 @@ def write_page(script, flags, questions, claims, experiment, data=None):
     path, script = folder / "README.md", Path(script).name
     records, lines = load_records(folder), []
     if has_cifar10_classes(records):
-        lines = [f"## Did the report hold up? ({script})", "", *claims_table(claims, results), ""]
+        every = {name: {run: results.get(name, {}).get(run, []) for run, *_ in question.rows}
+                 for name, question in questions.items()}  # also what has no record
+        lines = [f"## Did the report hold up? ({script})", "", *claims_table(claims, every), ""]
     for name, runs in results.items():
         question = questions[name]
         lines += [f"## Question {name}", ""]
@@ -1157,7 +1168,8 @@ def write_page(script, flags, questions, claims, experiment, data=None):
     parts = dict(re.findall(r"<!-- (\S+) -->\n(.*?)\n<!-- end -->", page, re.DOTALL))
     parts[script] = "\n".join(lines)
     blocks = [f"<!-- {name} -->\n{part}\n<!-- end -->\n" for name, part in sorted(parts.items())]
-    text = "\n".join([f"# Results on {records[0]['data']}\n", *blocks, *colophon(records)])
+    about = f"{records[0]['data']}, {records[0]['recipe']['data']['train']:,} training images"
+    text = "\n".join([f"# Results on {about}\n", *blocks, *colophon(records)])
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     with atomic_write(folder / "results.csv") as temporary:
