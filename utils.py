@@ -664,7 +664,8 @@ def plot_classes(record, path, show=False):
     pairs = labels.astype(int) * count + predicted
     confusion = np.bincount(pairs, minlength=count**2).reshape(count, count)
     totals = confusion.sum(1).clip(1)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5 if count <= 15 else 7),
+                                         layout="constrained")
     left.imshow(confusion / totals[:, None], cmap="Greys", vmin=0, vmax=1)
     left.set(xlabel="predicted", ylabel="true class", title="of each class, % predicted as",
              xticks=[], yticks=[])
@@ -692,7 +693,7 @@ def plot_each_class(axis, classes, rows, order):
     rows, names = rows[shown], [classes[i][:24] + "…" * (len(classes[i]) > 24) for i in shown]
     axis.errorbar(rows[:, 0], range(len(rows)), xerr=abs(rows[:, 1:] - rows[:, :1]).T, fmt="o",
                   color=TRAIN["color"], capsize=3)
-    axis.set_yticks(range(len(rows)), names, fontsize=10 if len(rows) <= 15 else 7)
+    axis.set_yticks(range(len(rows)), names, fontsize=10 if len(rows) <= 10 else 7)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.grid(alpha=0.3)
 
