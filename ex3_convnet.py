@@ -341,13 +341,15 @@ def draw(question, results, runs, data):
 def plot_early_stopping(results, path, show=False):
     """Figure 5: accuracy curves with the best epoch and the stop marked."""
     figure = plt.figure(figsize=(10, 3.8), layout="constrained")
-    for axis, (run, records) in zip(panels(figure, len(results), columns=2), results.items()):
+    axes = panels(figure, len(results), columns=min(2, len(results)))
+    for axis, (run, records) in zip(axes, results.items()):
         utils.draw_curves(axis, records, "accuracy")
         utils.mark_epochs(axis, [len(record["history"]["val_accuracy"]) for record in records],
                           "stop", color="black", linewidth=1)
         axis.set_title(run)
         axis.legend(loc="lower right")
-    figure.suptitle(f"ConvNet with early stopping ({utils.caption(sum(results.values(), []))})")
+    utils.set_title(figure, "ConvNet with early stopping\n"
+                    + utils.caption(sum(results.values(), [])))
     utils.save_figure(figure, path, show)
 
 
@@ -373,8 +375,8 @@ def plot_techniques(results, path, show=False):
                        fontsize=10)
         axis.label_outer()
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
-    figure.suptitle("Accuracy with each augmentation technique (best clean validation accuracy, "
-                    f"95 % interval)\n{utils.caption(sum(results.values(), []))}", fontsize=11)
+    utils.set_title(figure, "Accuracy with each augmentation technique (best clean validation "
+                    f"accuracy, 95 % interval)\n{utils.caption(sum(results.values(), []))}")
     utils.save_figure(figure, path, show)
 
 
@@ -390,7 +392,7 @@ def plot_augmented_images(data, path, show=False, count=10):
         axis.imshow(np.hstack(shown.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()))
         axis.set_ylabel(name if augment else "original", rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
-    figure.suptitle(f"The augmentation techniques on {data.name}")
+    utils.set_title(figure, f"The augmentation techniques on {data.name}")
     utils.save_figure(figure, path, show)
 
 
@@ -415,7 +417,7 @@ def plot_dropout(results, path, show=False):
                               "label": "validation, no batch norm"})):
         plot_over_dropout(axis, list(runs.values()), key, style)
     rates = sorted({changes["dropout"] for _, changes, *_ in QUESTIONS["3b"].rows})
-    axis.set(xlabel="dropout", ylabel="accuracy (%)", ylim=(0, 100), xticks=rates)
+    axis.set(xlabel="dropout", ylabel="accuracy (%)", ylim=utils.PERCENT, xticks=rates)
     axis.grid(alpha=0.3)
     axis.legend()
     with_norm.pop("no dropout", None)  # Figure 6 shows its learning curves
@@ -425,7 +427,7 @@ def plot_dropout(results, path, show=False):
         panel.label_outer()
     left.suptitle("Accuracy of the last epoch; bars: standard deviation of the seeds,\n"
                   "with one seed the 95 % interval of the validation images", fontsize=9)
-    figure.suptitle(f"Dropout ({utils.caption(sum(results.values(), []))})")
+    utils.set_title(figure, f"Dropout\n{utils.caption(sum(results.values(), []))}")
     utils.save_figure(figure, path, show)
 
 

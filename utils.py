@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import time
 import warnings
 import zipfile
@@ -37,13 +38,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import NormalDist
 
-# a notebook exports the backend of its own kernel, which a fresh environment does not have
-backend = os.environ.get("MPLBACKEND", "")
-if backend.startswith("module://") and not find_spec(backend[9:].split(".")[0]):
+# a notebook exports the backend of its kernel to other processes, where it is of no use
+if "inline" in os.environ.get("MPLBACKEND", "") and "ipykernel" not in sys.modules:
     del os.environ["MPLBACKEND"]
 
 import matplotlib.pyplot as plt
@@ -155,7 +154,7 @@ def parse_flags(script, argv=None):
         where_and_how |= {name} if group == WHERE_AND_HOW else set()
     parser.line = ""
     if argv is None:
-        argv = sys.argv[1:] if script["__name__"] == "__main__" else []
+        argv = sys.argv[1:] if script.get("__name__") == "__main__" else []
     given = vars(parser.parse_args(argv))
     return Flags(**{**defaults, **given}, given=set(given), where_and_how=where_and_how)
 
@@ -292,8 +291,6 @@ def load_data(dataset, image_size, num_training, num_validation, mean, std, devi
     else:
         images = load_image_folder(dataset, image_size, device)
     classes, images, labels, num_test, tenth = images
-    check_memory(len(images), image_size, device)
-
     fingerprint = hashlib.sha256(images)
     fingerprint.update(labels)
     total = len(images) - num_test
@@ -306,6 +303,7 @@ def load_data(dataset, image_size, num_training, num_validation, mean, std, devi
 
     images = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
     if images.shape[-1] != image_size:
+        check_memory(len(images), image_size, device)
         images = resize(images, [image_size, image_size], antialias=True)
     images = images.contiguous(memory_format=memory_format(channels_last))
     position = torch.arange(len(images), device=device)
@@ -609,6 +607,8 @@ AUGMENTED = {"color": "#7b3294", "linestyle": ":", "marker": "^", "markersize": 
              "label": "validation, augmented"}
 STYLES = {"train": TRAIN, "val": VALIDATION, "augmented": AUGMENTED}
 
+PERCENT = (-2, 102)  # an axis on which 0 and 100 % can be seen
+
 IN_NOTEBOOK = "ipykernel" in sys.modules  # figures appear in it
 plt.rcParams["text.parse_math"] = False  # a $ in the name of a folder is a dollar
 
@@ -637,8 +637,8 @@ def plot_filters(record, path, show=False):
         axis.imshow(mosaic((0.5 + filters / (2 * limit)).clip(0, 1)))
         axis.set_title(f"{when}: standard deviation {filters.std():.3f}", fontsize=11)
         axis.axis("off")
-    figure.suptitle(f"{record['title']}: the {len(after)} filters of the first convolution (grey "
-                    f"0, full colour ±{limit:.2f})\n{caption([record])}", fontsize=11)
+    set_title(figure, f"{record['title']}: the {len(after)} filters of the first convolution (grey "
+                    f"0, full colour ±{limit:.2f})\n{caption([record])}")
     save_figure(figure, path, show)
 
 
@@ -665,26 +665,38 @@ def plot_classes(record, path, show=False):
     pairs = labels.astype(int) * count + predicted
     confusion = np.bincount(pairs, minlength=count**2).reshape(count, count)
     totals = confusion.sum(1).clip(1)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5 if count <= 15 else 7),
+                                         layout="constrained")
     left.imshow(confusion / totals[:, None], cmap="Greys", vmin=0, vmax=1)
-    left.set(xlabel="predicted", ylabel="true class", title="of each class, % predicted as")
-    accuracy = 100 * confusion.diagonal() / totals
-    low, high = 100 * np.array([wilson(a / 100, n) for a, n in zip(accuracy, totals)]).T
-    right.errorbar(accuracy, range(count), xerr=abs(np.array([low, high]) - accuracy), fmt="o",
-                   color=TRAIN["color"], capsize=3)
-    right.set(xlim=(0, 100), ylim=(count - 0.5, -0.5), xlabel="test accuracy (%)",
-              title="accuracy of each class, 95 % intervals")
-    right.grid(alpha=0.3)
-    named = range(count) if count <= 30 else []  # more names would not be readable
-    left.set_xticks(named, [classes[i] for i in named], rotation=90)
-    for axis in (left, right):
-        axis.set_yticks(named, [classes[i] for i in named])
+    left.set(xlabel="predicted", ylabel="true class", title="of each class, % predicted as",
+             xticks=[], yticks=[])
+    accuracy = confusion.diagonal() / totals
+    rows = 100 * np.array([(share, *wilson(share, n)) for share, n in zip(accuracy, totals)])
+    plot_each_class(right, classes, rows, order=accuracy)
+    right.set(xlim=PERCENT, xlabel="test accuracy (%)", title="accuracy of " + (
+        "each class" if count <= 30 else "the 30 weakest classes") + ", 95 % intervals")
+    if count <= 30:
+        left.tick_params(labelsize=right.yaxis.get_ticklabels()[0].get_fontsize())
+        left.set_xticks(range(count), right.get_yticklabels(), rotation=90)
+        left.set_yticks(range(count), right.get_yticklabels())
     for row, column in np.ndindex(confusion.shape) if count <= 15 else ():
         share = confusion[row, column] / totals[row]
         left.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
                   color="white" if share > 0.5 else "black")
-    figure.suptitle(f"{record['title']}, test images\n{caption([record])}", fontsize=11)
+    set_title(figure, f"{record['title']}, test images\n{caption([record])}")
     save_figure(figure, path, show)
+
+
+def plot_each_class(axis, classes, rows, order):
+    """A number and its interval for each class, rows (N, 3); of more than 30 classes, which would
+    not be readable, for those with the lowest `order`."""
+    shown = np.argsort(order)[:30] if len(classes) > 30 else np.arange(len(classes))
+    rows, names = rows[shown], [classes[i][:24] + "…" * (len(classes[i]) > 24) for i in shown]
+    axis.errorbar(rows[:, 0], range(len(rows)), xerr=abs(rows[:, 1:] - rows[:, :1]).T, fmt="o",
+                  color=TRAIN["color"], capsize=3)
+    axis.set_yticks(range(len(rows)), names, fontsize=10 if len(rows) <= 10 else 7)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.grid(alpha=0.3)
 
 
 def plot_class_differences(a, b, title, path, show=False):
@@ -698,14 +710,11 @@ def plot_class_differences(a, b, title, path, show=False):
     rows = np.array([difference_of(*({seed: right[labels == i] for seed, right in sample.items()}
                                      for sample in samples)) for i in range(len(classes))])
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axis.errorbar(rows[:, 0], range(len(classes)), xerr=abs(rows[:, 1:] - rows[:, :1]).T, fmt="o",
-                  color=TRAIN["color"], capsize=3)
+    plot_each_class(axis, classes, rows, order=-abs(rows[:, 0]))
     axis.axvline(0, color="black", linewidth=1)
-    axis.set_yticks(range(len(classes)), classes)
-    axis.invert_yaxis()
     axis.set(xlabel="difference in test accuracy (points), 95 % intervals")
-    axis.grid(alpha=0.3)
-    figure.suptitle(f"{title}, class by class\n{caption([*a, *b])}", fontsize=11)
+    set_title(figure, f"{title}, class by class" + ", the 30 largest differences" * (
+        len(classes) > 30) + f"\n{caption([*a, *b])}")
     save_figure(figure, path, show)
 
 
@@ -732,9 +741,9 @@ def draw_curves(axis, records, quantity, parts=("train", "val")):
     mark_epochs(axis, [record["result"]["best_epoch"] for record in records
                        if record["result"]["best_epoch"]],
                 "best model", color="grey", linestyle=":", linewidth=1.2)
-    axis.set(xlabel="epoch", ylim=(0, 100 if quantity == "accuracy" else 1.05 * top or 1),
+    axis.set(xlabel="epoch", ylim=PERCENT if quantity == "accuracy" else (0, 1.05 * top or 1),
              ylabel="accuracy (%)" if quantity == "accuracy" else quantity)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.grid(alpha=0.3)
 
 
@@ -755,7 +764,7 @@ def plot_learning_curves(records, title, path, show=False):
     for axis, quantity in zip(axes, ("loss", "accuracy")):
         draw_curves(axis, records, quantity)
         axis.legend()
-    figure.suptitle(f"{title}: learning curves\n{caption(records)}", fontsize=11)
+    set_title(figure, f"{title}: learning curves\n{caption(records)}")
     save_figure(figure, path, show)
 
 
@@ -770,6 +779,15 @@ def caption(records):
     return (f"{records[0]['data']}, {' or '.join(f'{n:,}' for n in images)} training images, "
             + (f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
             + f", {' and '.join(precisions)}" * (len(precisions) > 1))
+
+
+def set_title(figure, text):
+    """The title of a figure, in as many lines as it takes not to be cut off."""
+    for width in range(160, 16, -4):  # characters
+        lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width)]
+        title = figure.suptitle("\n".join(lines), fontsize=11)
+        if title.get_window_extent().width < 0.96 * figure.bbox.width:
+            break
 
 
 def save_figure(figure, path, show=False):
@@ -1341,7 +1359,7 @@ def download(mirrors, path, digest):
 # ---------------------------------------- image folder ----------------------------------------
 
 
-HIDDEN = re.compile(r"\.|__MACOSX$|Thumbs\.db$|desktop\.ini$").match
+HIDDEN = re.compile(r"(?i)\.|__MACOSX$|Thumbs\.db$|desktop\.ini$").match
 STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # what Pillow knows, but cannot read alone
 
 
@@ -1365,10 +1383,7 @@ def load_image_folder(dataset, size, device):
         raise Problem(f"the classes in train and test of {folder} differ: "
                       f"{', '.join(sorted(train.keys() ^ test.keys()))} is in only one of them")
     if others:
-        suffixes = Counter(path.suffix.lower() or "no suffix" for path in others)
-        heic = "; convert HEIC photos to JPEG first" * bool({".heic", ".heif"} & suffixes.keys())
-        print(f"Left out: {len(others)} files that are no images ("
-              + ", ".join(f"{count} {suffix}" for suffix, count in suffixes.items()) + f"){heic}")
+        print(f"Left out: {describe_others(others)}")
     train, num_val = order_images(train)
     test, _ = order_images(test)
     check_memory(len(train) + len(test), size, device)
@@ -1397,7 +1412,8 @@ def find_classes(folder, least, others):
             others += rest
             if len(classes[path.name]) < least:
                 raise Problem(f"the class {path} has {len(classes[path.name])} images, and needs "
-                              f"at least {least}: add some, or delete the folder")
+                              f"at least {least}: add some, or delete the folder"
+                              + f" (left out: {describe_others(rest)})" * bool(rest))
     if len(classes) < 2:
         raise Problem(f"{folder} has {len(classes)} classes, and needs at least two: one folder of "
                       "images for each class")
@@ -1415,6 +1431,14 @@ def find_images(folder):
                    if not any(map(HIDDEN, path.relative_to(folder).parts)))
     return ([path for path in files if path.suffix.lower() in readable],
             [path for path in files if path.suffix.lower() not in readable])
+
+
+def describe_others(others):
+    """What is said of files that are no images."""
+    suffixes = Counter(path.suffix.lower() or "no suffix" for path in others)
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.items())
+    heic = "; convert HEIC photos to JPEG first" * bool({".heic", ".heif"} & suffixes.keys())
+    return f"{len(others)} files that are no images ({kinds}){heic}"
 
 
 def order_images(classes):
@@ -2064,9 +2088,12 @@ def predict(flags, name, build, device, dtype):
     model.to(device).eval()
     paths, unreadable = [], 0
     for path in map(Path, flags.predict):
-        found = find_images(path)[0] if path.is_dir() else [path]
+        found, others = find_images(path) if path.is_dir() else ([path], [])
         if not found:
-            raise Problem(f"there is no image in {path}")
+            raise Problem(f"there is no image in {path}"
+                          + f" (left out: {describe_others(others)})" * bool(others))
+        if others:
+            print(f"Left out: {describe_others(others)}")
         paths += found
     for path in paths:
         try:
@@ -2274,6 +2301,9 @@ def check_memory(count, size, device):
     need, about = 3 * count * size**2, Path("/proc/meminfo")
     free = 1024 * int(re.search(r"MemAvailable: *(\d+)", about.read_text())[1]) if (
         about.exists()) else math.inf  # another system than Linux
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container; "max": none
+    if limit.exists() and (number := re.match(r"\d+", limit.read_text())):
+        free = min(free, int(number[0]))
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
     if need > free:
@@ -2326,7 +2356,8 @@ def is_out_of_memory(problem):
 def sentence_of(problem):
     """An exception as part of a sentence."""
     if is_out_of_memory(problem):
-        return "the device is out of memory; try a smaller --batch_size or --device=cpu"
+        return "the device is out of memory; try a smaller --batch_size or " + (
+            "--device=cpu" if isinstance(problem, torch.OutOfMemoryError) else "--image_size")
     return str(problem).splitlines()[0] if str(problem) else type(problem).__name__
 
 

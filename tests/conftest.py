@@ -402,3 +402,30 @@ def finish(process):
     """The exit code of a process."""
     process.join(60)
     return process.exitcode
+
+
+# --- records without a training ---
+
+
+def made_record(seed=0, epochs=3, best=None, data="photos", title="ConvNet", share=0.7,
+                classes=tuple("abcdefghij"), run_flags=()):
+    """A record as a run leaves it, in which this share of the images is right in each epoch."""
+    labels = np.arange(20 * len(classes)) % len(classes)
+    wrong = np.random.default_rng(seed).permutation(len(labels)) >= round(share * len(labels))
+    predicted = (labels + wrong) % len(classes)
+    accuracy, losses = [float(np.mean(~wrong))] * epochs, list(np.linspace(2, 1, epochs))
+    parts = {part: utils.pack(labels) for part in ("val", "test")}
+    return {
+        "title": title, "data": data, "seed": seed, "precision": "float32",
+        "recipe": {"data": {"classes": list(classes), "train": 900, "val": len(labels),
+                            "test": len(labels)},
+                   "flags": {"num_epochs": 50, "norm_flag": True, "dropout": 0.0,
+                             **dict(run_flags)}},
+        "result": {"epoch": best or epochs, "best_epoch": best, "model_size": 1000,
+                   **{f"{part}_accuracy": accuracy[0] for part in ("train", "val", "test")}},
+        "history": {"train_loss": losses, "val_loss": losses, "train_accuracy": accuracy,
+                    "val_accuracy": accuracy, "seconds": [1.0] * epochs},
+        "labels": parts, "predictions": {kind: {part: utils.pack(predicted) for part in parts}
+                                         for kind in ("reported", "latest")},
+        "filters": {when: utils.pack(np.ones((16, 3, 3, 3), np.float16))
+                    for when in ("before", "after")}}
