@@ -1147,12 +1147,14 @@ def is_at_chance(runs, samples, classes, margin):
     return verdict, f"{100 * rights.mean():.1f} % [{low:.1f}, {high:.1f}], at most {limit:g}"
 
 
-def claims_table(claims, results):
+def claims_table(claims, questions, results):
     """The conclusions of the report beside ours, as lines of Markdown."""
+    every = {name: {run: results.get(name, {}).get(run, []) for run, *_ in question.rows}
+             for name, question in questions.items()}  # also what has no record
     lines = ["| question | the report's conclusion, or what it leaves open | report | ours "
              "| verdict |", "|---" * 5 + "|"]
     for claim in claims:
-        verdict, ours = claim.judge(results)
+        verdict, ours = claim.judge(every)
         lines.append(f"| {claim.question} | {claim.claim} | {claim.report} | {ours} "
                      f"| **{verdict}** |")
     return [*lines, "", "Ours: how much the first is ahead (points of accuracy), and the 95 % "
@@ -1173,9 +1175,8 @@ def write_page(script, flags, questions, claims, experiment, data=None):
     path, script = folder / "README.md", Path(script).name
     records, lines = load_records(folder), []
     if has_cifar10_classes(records):
-        every = {name: {run: results.get(name, {}).get(run, []) for run, *_ in question.rows}
-                 for name, question in questions.items()}  # also what has no record
-        lines = [f"## Did the report hold up? ({script})", "", *claims_table(claims, every), ""]
+        lines = [f"## Did the report hold up? ({script})", "",
+                 *claims_table(claims, questions, results), ""]
     for name, runs in results.items():
         question = questions[name]
         lines += [f"## Question {name}", ""]
