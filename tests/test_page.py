@@ -399,11 +399,12 @@ def test_the_confusion_matrix_is_that_of_the_predictions(monkeypatch):
 
 
 @pytest.mark.parametrize(("count", "names", "texts"), [(15, 15, 225), (16, 16, 0), (31, 0, 0)])
-def test_many_classes_have_no_numbers_and_no_names(monkeypatch, count, names, texts):
+def test_of_many_classes_the_matrix_has_no_numbers_and_no_names(monkeypatch, count, names, texts):
     record = a_record(0.6, classes=[f"class {i}" for i in range(count)])
     (left, right), = drawn(monkeypatch, utils.plot_classes, record)
     assert len(left.texts) == texts
-    assert len(left.get_xticks()) == len(left.get_yticks()) == len(right.get_yticks()) == names
+    assert len(left.get_xticks()) == len(left.get_yticks()) == names
+    assert len(right.get_yticks()) == min(count, 30)  # the weakest
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
