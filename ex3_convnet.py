@@ -292,9 +292,9 @@ CLAIMS = [  # question, claim, the report's figures, rule, what the rule compare
     Claim("3b", "at 0.9 the network is at chance", "validation 10.3", utils.is_at_chance,
           [("dropout 0.9", "reported", "test")], {"classes": 10, "margin": 2}),
     # questions that the report leaves open
-    Claim("3a", "scaling was validated on scaled images: it does better there", "76.7 (which?)",
+    Claim("3a", "open: scaling does better on scaled validation images", "76.7, on which?",
           utils.is_better, [("scaling", "augmented", "val"), ("scaling", "reported", "val")]),
-    Claim("3b", "the fall at 0.8 is batch norm's: its statistics anew undo it", "42.3",
+    Claim("3b", "open: at 0.8, batch norm's statistics estimated anew help", "42.3",
           utils.is_better, [("dropout 0.8", "recalibrated", "val"),
                             ("dropout 0.8", "reported", "val")]),
 ]

@@ -979,7 +979,7 @@ def table_lines(question, results):
     """
     records = [record for runs in results.values() for record in runs]
     compared = has_cifar10_classes(records)
-    versus = [f"Test accuracy against {question.baseline}"] * bool(question.baseline)
+    versus = [f'Test accuracy against "{question.baseline}"'] * bool(question.baseline)
     base = right_answers(results.get(question.baseline, []), "reported", "test")
     headings = ["Run", *question.columns, *versus, "Seeds"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
@@ -1048,9 +1048,11 @@ class Claim:
         for run, predictions, images in self.samples:
             questions = (results.get(self.question, {}), *results.values())
             records = next((runs[run] for runs in questions if run in runs), [])
+            if not records:
+                return "not measured", "–"
             found.append(right_answers(records, predictions, images))
         if not all(found):
-            return "not measured", "–"
+            return "predictions not recorded", "–"
         return self.rule([sample[0] for sample in self.samples], found, **self.options)
 
 
@@ -1081,19 +1083,20 @@ def t_quantile(p, degrees):
     return degrees**0.5 * np.tan(np.interp(p, mass / mass[-1], ends[1:]))
 
 
-def difference_of(a, b, level=0.95):
+def difference_of(a, b, level=0.95, same=False):
     """The difference of two accuracies in points, and its interval: (difference, low, high).
 
     a, b: samples. With one seed each they are paired, image by image (Dietterich 1998): that speaks
-    for these two trained networks. With more it is Welch's t of the seeds' accuracies.
+    for these two trained networks. With more it is Welch's t of the seeds' accuracies, or if both
+    are of the same networks (same), the t of their differences.
     """
     if min(len(a), len(b)) > 1:
         x, y = ([100 * right.mean() for right in sample.values()] for sample in (a, b))
-        middle = np.mean(x) - np.mean(y)
-        errors = [np.var(values, ddof=1) / len(values) for values in (x, y)]
-        parts = sum(error**2 / (len(values) - 1) for error, values in zip(errors, (x, y)))
-        half = t_quantile(0.5 + level / 2, sum(errors) ** 2 / parts) * sum(errors) ** 0.5 if (
-            parts) else 0
+        groups = [np.subtract(x, y)] if same else [x, y]
+        errors = [np.var(values, ddof=1) / len(values) for values in groups]
+        parts = sum(error**2 / (len(values) - 1) for error, values in zip(errors, groups))
+        middle, total = np.mean(x) - np.mean(y), sum(errors)
+        half = t_quantile(0.5 + level / 2, total**2 / parts) * total**0.5 if parts else 0
     else:
         seed = min(a.keys() & b.keys(), default=None)
         first, second = (sample.get(seed, next(iter(sample.values()))) for sample in (a, b))
@@ -1110,7 +1113,7 @@ def points(difference, low, high):
 
 def is_better(runs, samples):
     """The rule "the first is better than the second"."""
-    interval = difference_of(*samples)
+    interval = difference_of(*samples, same=runs[0] == runs[1])
     verdict = ("holds" if interval[1] > 0 else "does not hold" if interval[2] < 0 else "undecided")
     return verdict, points(*interval)
 
@@ -1132,7 +1135,7 @@ def is_best(runs, samples):
 
 def does_not_gain(runs, samples, margin):
     """The rule "the first is not better than the second by more than a margin (points)"."""
-    interval = difference_of(*samples)
+    interval = difference_of(*samples, same=runs[0] == runs[1])
     verdict = ("holds" if interval[2] < margin else "does not hold" if interval[1] > margin
                else "undecided")
     return verdict, f"{points(*interval)}, margin {margin:g}"
@@ -1140,11 +1143,12 @@ def does_not_gain(runs, samples, margin):
 
 def is_at_chance(runs, samples, classes, margin):
     """The rule "no better than chance by more than a margin (points)"."""
-    rights = np.concatenate(list(samples[0].values()))
-    low, high = (100 * limit for limit in wilson(rights.mean(), len(rights)))
+    seeds = list(samples[0].values())  # all on the same images
+    accuracy = np.mean(seeds)
+    low, high = (100 * limit for limit in wilson(accuracy, len(seeds[0])))
     limit = 100 / classes + margin
     verdict = "holds" if high < limit else "does not hold" if low > limit else "undecided"
-    return verdict, f"{100 * rights.mean():.1f} % [{low:.1f}, {high:.1f}], at most {limit:g}"
+    return verdict, f"{100 * accuracy:.1f} % [{low:.1f}, {high:.1f}], at most {limit:g}"
 
 
 def claims_table(claims, questions, results):
