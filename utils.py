@@ -2098,7 +2098,7 @@ def predict(flags, name, build, device, dtype):
             raise Problem(f"there is no image in {path}"
                           + f" (left out: {describe_others(others)})" * bool(others))
         if others:
-            print(f"Left out: {describe_others(others)}")
+            print(f"Left out: {describe_others(others)}", file=sys.stderr)
         paths += found
     for path in paths:
         try:
