@@ -168,12 +168,12 @@ def read_settings(script):
     source = path.read_text(encoding="utf-8")
     lines = source.splitlines()
     headings = {i: match[1] for i, line in enumerate(lines) if (match := HEADING.match(line))}
-    if LAST_HEADING not in headings.values():
-        raise Problem(f"{path.name} has no line \"# --- {LAST_HEADING} ---\" below its settings: "
-                      "put it back", 2)
+    for heading in (WHERE_AND_HOW, LAST_HEADING):
+        if heading not in headings.values():
+            raise Problem(f"{path.name} has no line \"# --- {heading} ---\": put it back", 2)
     for i in range(min(headings), max(headings)):
         hidden = re.match(r"#\s*([a-z]\w*)\s*(:[^=#]*)?=[^=]", lines[i])
-        if hidden and hidden[1] not in script:
+        if hidden and hidden[1] not in script and f"flags.{hidden[1]}" in source:
             raise Problem(f"line {i + 1} of {path.name}: the setting {hidden[1]} is commented out: "
                           "put it back", 2)
     for node in ast.parse(source).body:
@@ -614,9 +614,12 @@ plt.rcParams["text.parse_math"] = False  # a $ in the name of a folder is a doll
 
 
 def first_filters(model):
-    """The weights of the first convolution, a numpy array (N, 3, K, K)."""
-    layer = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
-    return layer.weight.detach().cpu().numpy().astype(np.float16)
+    """The weights of the first convolution, a numpy array (N, 3, K, K); None without one."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            largest = np.finfo(np.float16).max
+            return layer.weight.detach().cpu().numpy().clip(-largest, largest).astype(np.float16)
+    return None
 
 
 def plot_filters(record, path, show=False):
@@ -955,7 +958,7 @@ def table_cell(records, key, report):
     numbers, digits, spread = numbers_of(records, key), 1 if "accuracy" in key else 0, ""
     if not numbers:
         return "–" if records else "not run"
-    if len(numbers) > 1:
+    if len(numbers) > 1 and key != "model_size":
         spread = f" ± {np.std(numbers, ddof=1):,.{digits}f}"
     elif "val_accuracy" in key or "test_accuracy" in key:
         low, high = interval_of(records[0], key)
@@ -1177,18 +1180,20 @@ def write_page(script, flags, questions, claims, experiment, data=None):
     with contextlib.redirect_stderr(io.StringIO()):  # what is missing is seen in the tables
         results = find_results(plans, experiment, data)
     path, script = folder / "README.md", Path(script).name
-    records, lines = load_records(folder), []
+    data = next(runs[0]["recipe"]["data"] for found in results.values() for runs in found.values())
+    records, lines = [record for record in load_records(folder)
+                      if record["recipe"]["data"] == data], []
     if has_cifar10_classes(records):
         lines = [f"## Did the report hold up? ({script})", "",
                  *claims_table(claims, questions, results), ""]
     for name, runs in results.items():
         question = questions[name]
-        lines += [f"## Question {name}", ""]
-        lines += table_lines(question, runs) if question.columns else []
-        lines += [f"![{figure}]({figure})\n" for figure in question.figures
-                  if (folder / figure).exists()]
+        part = table_lines(question, runs) if question.columns else []
+        part += [f"![{figure}]({figure})\n" for figure in question.figures
+                 if (folder / figure).exists()]
+        lines += [f"## Question {name}", "", *part] if part else []
     page = path.read_text(encoding="utf-8") if path.exists() else ""
-    parts = dict(re.findall(r"<!-- (\S+) -->\n(.*?)\n<!-- end -->", page, re.DOTALL))
+    parts = dict(re.findall(r"<!-- (.+?) -->\n(.*?)\n<!-- end -->", page, re.DOTALL))
     parts[script] = "\n".join(lines)
     blocks = [f"<!-- {name} -->\n{part}\n<!-- end -->\n" for name, part in sorted(parts.items())]
     about = f"{records[0]['data']}, {records[0]['recipe']['data']['train']:,} training images"
@@ -1228,7 +1233,8 @@ def write_csv(records, path):
     rows = [{"run": record["title"], "seed": record["seed"], "precision": record["precision"],
              **{f"{part}_images": record["recipe"]["data"][part]
                 for part in ("train", "val", "test")},
-             "epochs": len(record["history"]["val_loss"]), **record["result"],
+             **record["recipe"]["flags"], "epochs": len(record["history"]["val_loss"]),
+             **record["result"],
              "seconds": round(record["seconds"]), "device": record["device"],
              "code": describe_code(record)} for record in records]
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -1315,6 +1321,8 @@ def read_files(source):
         with tarfile.open(source) as archive:
             return {Path(member.name).name: archive.extractfile(member).read()
                     for member in archive if member.isfile()}
+    except PermissionError as problem:
+        raise Problem(f"{source} cannot be read ({problem}): ask for the right to") from problem
     except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
         raise Problem(f"{source} is truncated or altered ({problem}): delete it and run again"
                       ) from problem
@@ -1717,7 +1725,8 @@ class Run:
             "labels": {part: pack(classes) for part, classes in labels.items()},
             "predictions": {kind: {part: pack(classes) for part, classes in parts.items()}
                             for kind, parts in predictions.items()},
-            "filters": {when: pack(weights) for when, weights in filters.items()}}
+            "filters": {when: pack(weights) for when, weights in filters.items()
+                        if weights is not None}}
 
 
 def progress_bar(items=None, title=None, **options):
@@ -1733,7 +1742,8 @@ def make_recipe(script, flags, facts, model, optimizer, scheduler, mean, std):
     """All that decides what a run computes, as plain and readable values.
 
     With the seed and the precision it is the identity of a record: two runs with one recipe are the
-    same experiment. What it cannot see: how initial weights are drawn, and the code of a layer.
+    same experiment. What it cannot see: how initial weights are drawn, and the code of a layer, an
+    augmentation or a lambda.
     script: its path; facts: what the data, not the code, decides (see Data.facts).
     """
     speed = ("params", "foreach", "fused", "capturable", "differentiable")
@@ -1745,15 +1755,13 @@ def make_recipe(script, flags, facts, model, optimizer, scheduler, mean, std):
         "optimizer": [{"name": type(optimizer).__name__, **{
             name: value for name, value in group.items() if name not in speed}}
             for group in optimizer.param_groups],
-        "schedule": {"name": type(scheduler).__name__, **{
-            name: value for name, value in scheduler.state_dict().items()
-            if name[0] != "_" and name != "last_epoch"}},
+        "schedule": describe_schedule(scheduler),
         "augmentation": {} if flags.augmentation == "none" else {
             name: describe_function(AUGMENTATIONS[name]) for name in flags.augmentation.split("+")},
         "normalization": {"mean": mean, "std": std},
         "batch_norm_shards": facts["batch_norm_shards"] if batch_norms(model) else None,
         "flags": flags.what()}
-    return json.loads(json.dumps(recipe, default=str))
+    return json.loads(json.dumps(recipe, default=str), parse_constant=str)  # JSON has no infinity
 
 
 def describe_layer(layer):
@@ -1769,11 +1777,22 @@ def describe_layer(layer):
     return f"{type(layer).__name__}({', '.join(settings)})"
 
 
+def describe_schedule(scheduler):
+    """A schedule by its name and settings, with the schedules that it is made of."""
+    settings = {name: value for name, value in scheduler.state_dict().items()
+                if name[0] != "_" and name != "last_epoch"}
+    parts = [describe_schedule(part) for part in getattr(scheduler, "_schedulers", ())]
+    if parts:
+        settings |= {"parts": parts, "switches": getattr(scheduler, "_milestones", None)}
+    return {"name": type(scheduler).__name__, **settings}
+
+
 def describe_function(function):
-    """A function, or a partial one with its parameters, by name."""
-    partly = isinstance(function, partial)
-    return {"function": (function.func if partly else function).__name__,
-            **(function.keywords if partly else {})}
+    """A function, or a partial one, by its name and its parameters that have a value."""
+    name = (function.func if isinstance(function, partial) else function).__name__
+    parameters = inspect.signature(function).parameters
+    return {"function": name, **{name: parameter.default for name, parameter in parameters.items()
+                                 if parameter.default is not parameter.empty}}
 
 
 def without_off(value):
@@ -1811,6 +1830,7 @@ def code_version():
                               text=True, check=True).stdout
 
     try:
+        git("ls-files", "--error-unmatch", "utils.py")  # else the repository is one around it
         changed = git("status", "--porcelain", "--", ":(glob)*.py").splitlines()
         return {"commit": git("rev-parse", "HEAD").strip(), "changed": [
             line[3:] for line in changed]}
@@ -1842,7 +1862,7 @@ def save_record(record, folder):
 
 def load_records(folder):
     """All records in a folder. A file that cannot be read as one is named and left out."""
-    paths = sorted((folder / "records").glob("*.json"))
+    paths = sorted(path for path in (folder / "records").glob("[!.]*.json") if path.is_file())
     records = [load_record(path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
     return [record for record in records if record]
 

@@ -188,7 +188,8 @@ def test_the_page_has_the_questions_in_order_with_their_tables(page):
     assert re.findall(r"^#+ .*", page(), re.MULTILINE) == [
         "# Results on CIFAR-10, 300 training images",
         "## Did the report hold up? (ex3_convnet.py)",
-        *(f"## Question {name}" for name in ex3_convnet.QUESTIONS),
+        *(f"## Question {name}" for name, question in ex3_convnet.QUESTIONS.items()
+          if question.columns),  # Question 1 has figures only, and drawing is off here
         "## Did the report hold up? (ex3_pretrained.py)",
         *(f"## Question {name}" for name in ex3_pretrained.QUESTIONS), "## Behind these numbers"]
     assert re.findall(r"^\*\*(.*?)\*\*", page(), re.MULTILINE) == [

@@ -386,3 +386,46 @@ def test_the_recipe_is_the_same_in_another_process():
     other = subprocess.run([sys.executable, "-c", code, json.dumps(facts), *argv], check=True,
                            cwd=ROOT, capture_output=True, text=True)
     assert json.loads(other.stdout) == ex3_convnet.experiment(parse(*argv), facts).recipe
+
+
+# ----------------------------------- schedules and techniques -----------------------------------
+
+SCHEDULE = ("scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, "
+            "flags.learning_rate_decay)")
+
+
+def recipe_of(edited, *changes):
+    """The recipe of the convnet, edited, on data of two classes."""
+    script = edited(*changes)
+    facts = {"data": {"classes": ["a", "b"]}, "batch_norm_shards": None}
+    flags = utils.parse_flags(vars(script), ["--augmentation=rotation"])
+    return script.experiment(flags, facts).recipe
+
+
+def test_a_schedule_made_of_others_is_told_from_another(edited):
+    recipes = [recipe_of(edited, (SCHEDULE, (
+        "from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, SequentialLR\n"
+        "    scheduler = SequentialLR(optimizer, [ConstantLR(optimizer, 0.1, 1), "
+        f"ExponentialLR(optimizer, {gamma})], [{switch}])")))
+        for gamma, switch in ((0.9, 1), (0.1, 1), (0.9, 2))]
+    assert len({json.dumps(recipe["schedule"]) for recipe in recipes}) == 3
+
+
+def test_a_recipe_with_an_infinite_number_can_be_written(edited):
+    recipe = recipe_of(edited, (
+        SCHEDULE, "scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)"))
+    assert json.dumps(recipe, allow_nan=False)
+
+
+def test_the_default_parameters_of_a_technique_are_in_the_recipe(edited, monkeypatch):
+    def noise(images, generator, std=0.1):
+        return images
+
+    monkeypatch.setitem(utils.AUGMENTATIONS, "rotation", noise)
+    assert recipe_of(edited)["augmentation"] == {"rotation": {"function": "noise", "std": 0.1}}
+
+
+def test_a_broken_link_among_the_records_is_no_record(folder):
+    (folder / "records").mkdir()
+    (folder / "records/broken.json").symlink_to(folder / "nowhere")
+    assert utils.load_records(folder) == []
