@@ -350,6 +350,8 @@ def work(folder, argv, limit=None):
     """
     write_output(folder / "out", folder / "err")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # also where the tests run under nohup
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     matplotlib.use("Agg")
     torch.set_num_threads(1)
     data = utils.Data(**torch.load(folder / "data.pt"))
