@@ -322,10 +322,11 @@ def test(run, model, data):
     With early stopping the model has the weights of its best epoch from here on.
     """
     flags, dtype = run.flags, run.dtype
-    predictions = {"latest": utils.predict_val_and_test(model, data, dtype)}
+    latest = reported = utils.predict_val_and_test(model, data, dtype)
     if flags.earlystop:
         model.load_state_dict(run.best_weights)
-    predictions["reported"] = utils.predict_val_and_test(model, data, dtype)
+        reported = utils.predict_val_and_test(model, data, dtype)
+    predictions = {"latest": latest, "reported": reported}
     if flags.augmentation != "none":
         *_, augment = utils.seed_epoch(flags.seed, run.reported_epoch, flags.augmentation)
         predictions["augmented"] = {

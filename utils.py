@@ -773,15 +773,17 @@ def plot_learning_curves(records, title, path, show=False):
 
 def caption(records):
     """The data, training images and seeds behind a figure or a table."""
-    def different(of):
-        return sorted({of(record) for record in records})
-
-    images = different(lambda record: record["recipe"]["data"]["train"])
-    seeds = different(lambda record: record["seed"])
-    precisions = different(lambda record: record["precision"])
+    images = distinct(records, lambda record: record["recipe"]["data"]["train"])
+    seeds = distinct(records, lambda record: record["seed"])
+    precisions = distinct(records, lambda record: record["precision"])
     return (f"{records[0]['data']}, {' or '.join(f'{n:,}' for n in images)} training images, "
             + (f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
             + f", {' and '.join(precisions)}" * (len(precisions) > 1))
+
+
+def distinct(records, of):
+    """What of(record) gives over the records, each once, sorted."""
+    return sorted({of(record) for record in records})
 
 
 def set_title(figure, text):
@@ -995,7 +997,7 @@ def table_lines(question, results):
             cells.append(points(*difference_of(ours, base)) if (
                 run != question.baseline and ours and base) else "–")
         lines.append(f"| {run} | {' | '.join(cells)} | {len(found)} |")
-    epochs = sorted({record["recipe"]["flags"]["num_epochs"] for record in records})
+    epochs = distinct(records, lambda record: record["recipe"]["flags"]["num_epochs"])
     heading = (f"**{question.title}** on {caption(records)}, {' or '.join(map(str, epochs))} "
                "epochs at most")
     legend = "Ours" + " (the report's, the difference)" * compared + (
@@ -1114,11 +1116,15 @@ def points(difference, low, high):
     return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def verdict_of(holds, fails):
+    """A verdict in words; neither of the two: the interval contains the limit."""
+    return "holds" if holds else "does not hold" if fails else "undecided"
+
+
 def is_better(runs, samples):
     """The rule "the first is better than the second"."""
-    interval = difference_of(*samples, same=runs[0] == runs[1])
-    verdict = ("holds" if interval[1] > 0 else "does not hold" if interval[2] < 0 else "undecided")
-    return verdict, points(*interval)
+    difference, low, high = difference_of(*samples, same=runs[0] == runs[1])
+    return verdict_of(low > 0, high < 0), points(difference, low, high)
 
 
 def is_best(runs, samples):
@@ -1138,10 +1144,9 @@ def is_best(runs, samples):
 
 def does_not_gain(runs, samples, margin):
     """The rule "the first is not better than the second by more than a margin (points)"."""
-    interval = difference_of(*samples, same=runs[0] == runs[1])
-    verdict = ("holds" if interval[2] < margin else "does not hold" if interval[1] > margin
-               else "undecided")
-    return verdict, f"{points(*interval)}, margin {margin:g}"
+    difference, low, high = difference_of(*samples, same=runs[0] == runs[1])
+    return (verdict_of(high < margin, low > margin),
+            f"{points(difference, low, high)}, margin {margin:g}")
 
 
 def is_at_chance(runs, samples, classes, margin):
@@ -1150,8 +1155,8 @@ def is_at_chance(runs, samples, classes, margin):
     accuracy = np.mean(seeds)
     low, high = (100 * limit for limit in wilson(accuracy, len(seeds[0])))
     limit = 100 / classes + margin
-    verdict = "holds" if high < limit else "does not hold" if low > limit else "undecided"
-    return verdict, f"{100 * accuracy:.1f} % [{low:.1f}, {high:.1f}], at most {limit:g}"
+    return (verdict_of(high < limit, low > limit),
+            f"{100 * accuracy:.1f} % [{low:.1f}, {high:.1f}], at most {limit:g}")
 
 
 def claims_table(claims, questions, results):
@@ -1208,7 +1213,7 @@ def write_page(script, flags, questions, claims, experiment, data=None):
 def colophon(records):
     """Data, machines and code behind the records of a page, as lines of Markdown."""
     def several(of):
-        return ", ".join(sorted({of(record) for record in records}))
+        return ", ".join(distinct(records, of))
 
     hours = sum(record["seconds"] for record in records) / 3600
     return ["## Behind these numbers", "",
@@ -1918,12 +1923,12 @@ def find_records(flags, experiment, facts=None, seeds=None):
     if facts is None and records:
         data = records[-1]["recipe"]["data"]
         records = [record for record in records if record["recipe"]["data"] == data]
-    found = {}
+    found, what = {}, without_off(flags.what())
     for record in records:
         recipe = record["recipe"]
         if ((seeds is None or record["seed"] in seeds)
                 and flags.precision in ("auto", record["precision"])
-                and without_off(recipe["flags"]) == without_off(flags.what())):
+                and without_off(recipe["flags"]) == what):
             known = facts or {name: recipe.get(name) for name in (
                 "data", "batch_norm_shards", "pretrained")}
             if without_off(experiment(flags, known).recipe) == without_off(recipe):
@@ -1989,8 +1994,8 @@ def set_aside(path, run, seconds=600):
             reason = reason or "is not finished" * (sum(state["history"]["seconds"]) > seconds)
     except (Problem, *MALFORMED):
         reason = "cannot be read"
-    kept = path.with_name(f"{path.stem}_{sha256(path)[:8]}.ckpt")
     if reason:
+        kept = path.with_name(f"{path.stem}_{sha256(path)[:8]}.ckpt")
         os.replace(path, kept)
         print(f"{path.name} {reason}: kept as {kept.name}; to go on with that run, rename it back "
               "and add --resume")
