@@ -207,7 +207,7 @@ def recalibrate(model, data, dtype, batch_size=500):
 
 # ========================================== questions ==========================================
 
-QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each column
+QUESTIONS = {  # rows: name, the flags that it sets, the report's number for each column
     "1": Question(rows=[("without batch norm", {})], shared={"norm_flag": False},
                   figures=("figure_1_2_filters.png",)),
     "2a": Question(
@@ -270,26 +270,26 @@ QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each
         ]),
 }
 
-TECHNIQUES = [run for run, *_ in QUESTIONS["3a"].rows]
+TECHNIQUES = [name for name, *_ in QUESTIONS["3a"].rows]
 RATES = ["dropout 0.3", "no dropout", *(f"dropout 0.{i}" for i in (1, 2, 4, 5, 6, 7, 8, 9))]
 
 CLAIMS = [  # question, claim, the report's figures, rule, what the rule compares
     Claim("2a", "batch norm is better", "test 79.9 → 81.9", utils.is_better,
           [("with batch norm", "reported", "test"), ("without batch norm", "reported", "test")]),
-    *(Claim("2b", f"training past the best epoch gains nothing, {run}", figures,
-            utils.does_not_gain, [(run, "latest", "test"), (run, "reported", "test")],
+    *(Claim("2b", f"training past the best epoch gains nothing, {name}", figures,
+            utils.does_not_gain, [(name, "latest", "test"), (name, "reported", "test")],
             {"margin": 0.5})
-      for run, figures in (("without batch norm", "validation 81.5 → 79.6"),
+      for name, figures in (("without batch norm", "validation 81.5 → 79.6"),
                            ("with batch norm", "validation 84.9 → 81.8"))),
     Claim("3a", "horizontal flip helps", "validation 84.9", utils.is_better,
-          [(run, "reported", "test") for run in ("horizontal_flip", "no augmentation")]),
+          [(name, "reported", "test") for name in ("horizontal_flip", "no augmentation")]),
     Claim("3a", "horizontal flip is the best technique", "84.9, next 80.0", utils.is_best,
-          [(run, "reported", "test") for run in sorted(
-              TECHNIQUES, key=lambda run: run != "horizontal_flip")]),
+          [(name, "reported", "test") for name in sorted(
+              TECHNIQUES, key=lambda name: name != "horizontal_flip")]),
     Claim("3b", "dropout 0.3 is the best", "85.9, next 85.8", utils.is_best,
-          [(run, "reported", "test") for run in RATES]),
+          [(name, "reported", "test") for name in RATES]),
     Claim("3b", "above 0.3 the accuracy falls: 0.3 is better than 0.7", "85.9 → 66.0",
-          utils.is_better, [(run, "reported", "test") for run in ("dropout 0.3", "dropout 0.7")]),
+          utils.is_better, [(name, "reported", "test") for name in ("dropout 0.3", "dropout 0.7")]),
     Claim("3b", "at 0.9 the network is at chance", "validation 10.3", utils.is_at_chance,
           [("dropout 0.9", "reported", "test")], {"classes": 10, "margin": 2}),
     # questions that the report leaves open
@@ -306,7 +306,7 @@ CLAIMS = [  # question, claim, the report's figures, rule, what the rule compare
 def draw(question, results, runs, data):
     """The figures and tables of a question (or of one experiment: "none") from its records.
 
-    results: {run: the records of its seeds}; runs: {run: its flags}; data: for the picture of the
+    results: {name: the records of its seeds}; runs: {name: its flags}; data: for the picture of the
     techniques, or None.
     """
     flags, first = next(iter(runs.values())), next(iter(results.values()))
@@ -320,9 +320,9 @@ def draw(question, results, runs, data):
     elif question == "1":
         utils.plot_filters(first[0], folder / "figure_1_2_filters.png", show)
     elif question == "2a":
-        for run, number in ("without batch norm", 3), ("with batch norm", 4):
-            if run in results:
-                utils.plot_learning_curves(results[run], f"ConvNet {run}",
+        for name, number in ("without batch norm", 3), ("with batch norm", 4):
+            if name in results:
+                utils.plot_learning_curves(results[name], f"ConvNet {name}",
                                            folder / f"figure_{number}.png", show)
         if len(results) == 2:
             utils.plot_class_differences(*reversed(results.values()), "With batch norm against "
@@ -336,18 +336,18 @@ def draw(question, results, runs, data):
     elif question == "3b":
         plot_dropout(results, folder / "figure_7.png", show)
     if question in QUESTIONS and QUESTIONS[question].columns:
-        utils.write_table(QUESTIONS[question], results, folder)
+        print("\n" + "\n".join(utils.table_lines(QUESTIONS[question], results)))
 
 
 def plot_early_stopping(results, path, show=False):
     """Figure 5: accuracy curves with the best epoch and the stop marked."""
     figure = plt.figure(figsize=(10, 3.8), layout="constrained")
     axes = panels(figure, len(results), columns=min(2, len(results)))
-    for axis, (run, records) in zip(axes, results.items()):
+    for axis, (name, records) in zip(axes, results.items()):
         utils.draw_curves(axis, records, "accuracy")
         utils.mark_epochs(axis, [len(record["history"]["val_accuracy"]) for record in records],
                           "stop", color="black", linewidth=1)
-        axis.set_title(run)
+        axis.set_title(name)
         axis.legend(loc="lower right")
     utils.set_title(figure, "ConvNet with early stopping\n"
                     + utils.caption(sum(results.values(), [])))
@@ -367,12 +367,12 @@ def plot_techniques(results, path, show=False):
     """Figure 6: the learning curves of each augmentation technique, with its best accuracy."""
     figure = plt.figure(figsize=(10, 8), layout="constrained")
     handles = {}
-    for axis, (run, records) in zip(panels(figure, len(results)), results.items()):
+    for axis, (name, records) in zip(panels(figure, len(results)), results.items()):
         utils.draw_curves(axis, records, "accuracy", ("train", "val", "augmented"))
         handles |= {label: line for line, label in zip(*axis.get_legend_handles_labels())}
         best = np.mean([max(record["history"]["val_accuracy"]) for record in records])
         low, high = utils.wilson(best, records[0]["recipe"]["data"]["val"])
-        axis.set_title(f"{run}: best {100 * best:.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
+        axis.set_title(f"{name}: best {100 * best:.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
                        fontsize=10)
         axis.label_outer()
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
@@ -406,7 +406,7 @@ def plot_dropout(results, path, show=False):
     figure = plt.figure(figsize=(12, 5.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
     axis = left.subplots()
-    with_norm, without = ({run: records for run, records in results.items()
+    with_norm, without = ({name: records for name, records in results.items()
                            if records[0]["recipe"]["flags"]["norm_flag"] == norm}
                           for norm in (True, False))
     for runs, key, style in (
@@ -422,9 +422,9 @@ def plot_dropout(results, path, show=False):
     axis.grid(alpha=0.3)
     axis.legend()
     with_norm.pop("no dropout", None)  # Figure 6 shows its learning curves
-    for panel, (run, records) in zip(panels(right, len(with_norm)), with_norm.items()):
+    for panel, (name, records) in zip(panels(right, len(with_norm)), with_norm.items()):
         utils.draw_curves(panel, records, "accuracy")
-        panel.set_title(run, fontsize=10)
+        panel.set_title(name, fontsize=10)
         panel.label_outer()
     left.suptitle("Accuracy of the last epoch; bars: standard deviation of the seeds,\n"
                   "with one seed the 95 % interval of the validation images", fontsize=9)
@@ -433,25 +433,15 @@ def plot_dropout(results, path, show=False):
 
 
 def plot_over_dropout(axis, runs, key, style):
-    """One curve of Figure 7: a column of Table 4, its mean and deviation over the seeds.
+    """One curve of Figure 7: a column of Table 4 with its error bars (see utils.summarize).
 
     runs: the records of each run's seeds.
     """
-    runs = [records for records in runs if utils.numbers_of(records, key)]
-    if not runs:
-        return
-    means = [np.mean(utils.numbers_of(records, key)) for records in runs]
-    errors = []
-    for records, mean in zip(runs, means):
-        numbers = utils.numbers_of(records, key)
-        if len(numbers) > 1:
-            errors.append([np.std(numbers, ddof=1)] * 2)
-        elif key == "train_accuracy":  # on the images it is trained on: no sample of others
-            errors.append([0, 0])
-        else:
-            errors.append(np.abs(np.array(utils.interval_of(records[0], key)) - mean))
-    rates = [records[0]["recipe"]["flags"]["dropout"] for records in runs]
-    axis.errorbar(rates, means, np.transpose(errors), capsize=3, **style)
+    points = [(records[0]["recipe"]["flags"]["dropout"], *numbers) for records in runs
+              if (numbers := utils.summarize(records, key))]
+    if points:
+        rates, means, lows, highs = np.transpose(points)
+        axis.errorbar(rates, means, abs(np.array([lows, highs]) - means), capsize=3, **style)
 
 
 # ============================================= main =============================================
@@ -460,7 +450,7 @@ def plot_over_dropout(axis, runs, key, style):
 def main(argv=None):
     """Run what the flags describe, an experiment or a question (argv: None: the command line's).
 
-    Returns {question: {run: the records of its seeds}}, "none" being the single experiment.
+    Returns {question: {name: the records of its seeds}}, "none" being the single experiment.
     Raises utils.Problem if a run failed, after all others.
     """
     flags = utils.parse_flags(globals(), argv)

@@ -339,7 +339,7 @@ def test(run, model, data):
 NOTE = ("We measure in eval mode on clean images; the report probably on flipped images with the "
         "batch's statistics.")
 
-QUESTIONS = {  # rows: run, the flags that it sets, the report's number for each column
+QUESTIONS = {  # rows: name, the flags that it sets, the report's number for each column
     "4a": Question(
         title="Table 5", shared={"fine_tune": False}, baseline="frozen",
         figures=("figure_8_part_4a.png", "figure_8_part_4a_filters.png",
@@ -382,17 +382,19 @@ CLAIMS = [  # question, claim, the report's figures, rule, what the rule compare
 def draw(question, results, runs, data):
     """The figures and tables of a question (or of one experiment: "none") from its records.
 
-    results: {run: the records of its seeds}; runs: {run: its flags}; data: not needed here.
+    results: {name: the records of its seeds}; runs: {name: its flags}; data: not needed here.
     """
-    for run, records in results.items():
-        flags = runs[run]
-        folder, name = utils.results_folder(flags), checkpoint_name(flags)
+    for name, records in results.items():
+        flags = runs[name]
+        folder, part = utils.results_folder(flags), checkpoint_name(flags)
         number = 10 if not flags.pretrained else 9 if flags.fine_tune else 8
-        utils.plot_learning_curves(records, describe(flags), folder / f"figure_{number}_{name}.png",
+        utils.plot_learning_curves(records, describe(flags), folder / f"figure_{number}_{part}.png",
                                    flags.show)
-        utils.plot_filters(records[0], folder / f"figure_{number}_{name}_filters.png", flags.show)
+        utils.plot_filters(records[0], folder / f"figure_{number}_{part}_filters.png", flags.show)
+        if question == "none":
+            utils.plot_classes(records[0], folder / f"{part}_classes.png", flags.show)
     if question in QUESTIONS:
-        utils.write_table(QUESTIONS[question], results, folder)
+        print("\n" + "\n".join(utils.table_lines(QUESTIONS[question], results)))
 
 
 # ============================================= main =============================================
@@ -401,7 +403,7 @@ def draw(question, results, runs, data):
 def main(argv=None):
     """Run what the flags describe, an experiment or a question (argv: None: the command line's).
 
-    Returns {question: {run: the records of its seeds}}, "none" being the single experiment.
+    Returns {question: {name: the records of its seeds}}, "none" being the single experiment.
     Raises utils.Problem if a run failed, after all others.
     """
     flags = utils.parse_flags(globals(), argv)

@@ -108,7 +108,8 @@ class Flags(argparse.Namespace):
     def __getattr__(self, name):
         if name.startswith("__"):  # asked for by copy and pickle
             raise AttributeError(name)
-        raise Problem(f"the setting {name} is missing at the top of the script: put it back", 2)
+        raise Problem(f"the setting {name} is missing at the top of the script: put it back",
+                      status=2)
 
     def replace(self, **changes):
         """The same flags with other values."""
@@ -170,12 +171,13 @@ def read_settings(script):
     headings = {i: match[1] for i, line in enumerate(lines) if (match := HEADING.match(line))}
     for heading in (WHERE_AND_HOW, LAST_HEADING):
         if heading not in headings.values():
-            raise Problem(f"{path.name} has no line \"# --- {heading} ---\": put it back", 2)
+            raise Problem(f"{path.name} has no line \"# --- {heading} ---\": put it back",
+                          status=2)
     for i in range(min(headings), max(headings)):
         hidden = re.match(r"#\s*([a-z]\w*)\s*(:[^=#]*)?=[^=]", lines[i])
         if hidden and hidden[1] not in script and f"flags.{hidden[1]}" in source:
             raise Problem(f"line {i + 1} of {path.name}: the setting {hidden[1]} is commented out: "
-                          "put it back", 2)
+                          "put it back", status=2)
     for node in ast.parse(source).body:
         group = ([None] + [title for i, title in headings.items() if i < node.lineno])[-1]
         if group in (None, LAST_HEADING) or not isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -184,11 +186,11 @@ def read_settings(script):
         name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
         if name not in script or not isinstance(node, ast.AnnAssign):
             raise Problem(f"{line}{name} has no type, or no value: write {name}: type = value, as "
-                          "in batch_size: int = 200", 2)
+                          "in batch_size: int = 200", status=2)
         types = ast.unparse(node.annotation).split(" | ")
         if unknown := set(types) - set(READERS):
             raise Problem(f"{line}{name} has the unknown type {unknown.pop()}: the types are "
-                          f"{', '.join(READERS)}, several joined by |", 2)
+                          f"{', '.join(READERS)}, several joined by |", status=2)
         comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip(" #")
         yield group, line, name, types, comment
 
@@ -202,7 +204,8 @@ class FlagParser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: ([^ =]+)", message):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
             message = f"unknown flag {unknown[1]}" + (f", did you mean {near[0]}?" if near else "")
-        raise Problem(f"{self.line}{message.removeprefix('argument ')} (--help lists the flags)", 2)
+        raise Problem(f"{self.line}{message.removeprefix('argument ')} (--help lists the flags)",
+                      status=2)
 
 
 def parse_value(types, limit, text):
@@ -359,12 +362,15 @@ def flip(images, generator, dim, p):
     return torch.where(chosen.view(-1, 1, 1, 1), images.flip(dim), images)
 
 
-def sample(images, a, b, c, d, x, y, mode="nearest", padding_mode="zeros"):
+def sample(images, rows, mode="nearest", padding_mode="zeros"):
     """Each image through an affine map: the output at (u, v) is the input at (au+bv+x, cu+dv+y).
 
-    Coordinates run from -1 to 1 over the image; every argument of the map is a tensor (B,).
+    rows: [[a, b, x], [c, d, y]], each a number or a tensor (B,), one for each image.
+    Coordinates run from -1 to 1 over the image.
     """
-    theta = torch.stack([a, b, x, c, d, y], dim=1).view(-1, 2, 3)
+    theta = torch.empty(len(images), 2, 3, device=images.device)
+    for row, column in np.ndindex(2, 3):
+        theta[:, row, column] = rows[row][column]
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     return F.grid_sample(images, grid, mode, padding_mode, align_corners=False)
 
@@ -372,23 +378,21 @@ def sample(images, a, b, c, d, x, y, mode="nearest", padding_mode="zeros"):
 def rotate(images, generator, degrees):
     """Rotate by -degrees to degrees."""
     angle = torch.deg2rad(uniform(-degrees, degrees, images, generator))
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    return sample(images, cos, -sin, sin, cos, zero, zero)
+    cos, sin = angle.cos(), angle.sin()
+    return sample(images, [[cos, -sin, 0], [sin, cos, 0]])
 
 
 def translate(images, generator, fraction):
     """Shift by whole pixels, up to this fraction of the side in both directions."""
     side = images.shape[-1]
     x, y = ((uniform(-fraction, fraction, images, generator) * side).round() for _ in range(2))
-    one, zero = torch.ones_like(x), torch.zeros_like(x)
-    return sample(images, one, zero, zero, one, -2 * x / side, -2 * y / side)
+    return sample(images, [[1, 0, -2 * x / side], [0, 1, -2 * y / side]])
 
 
 def scale(images, generator, low, high):
     """Shrink or enlarge by a factor from low to high."""
     factor = uniform(low, high, images, generator)
-    zero = torch.zeros_like(factor)
-    return sample(images, 1 / factor, zero, zero, 1 / factor, zero, zero)
+    return sample(images, [[1 / factor, 0, 0], [0, 1 / factor, 0]])
 
 
 def resize_crop(images, generator, ratio):
@@ -396,10 +400,9 @@ def resize_crop(images, generator, ratio):
     side = images.shape[-1]
     room = round(ratio * side) - side  # pixels that the crop can move by
     left, top = ((uniform(0, room + 1, images, generator)).floor() for _ in range(2))
-    factor = torch.full_like(left, side / (side + room))
-    zero = torch.zeros_like(left)
     x, y = ((2 * corner - room) / (side + room) for corner in (left, top))
-    return sample(images, factor, zero, zero, factor, x, y, "bilinear", "border")
+    part = side / (side + room)
+    return sample(images, [[part, 0, x], [0, part, y]], "bilinear", "border")
 
 
 def greyscale(images, generator, p):
@@ -534,32 +537,29 @@ def train_one_epoch(model, data, batches, augment, optimizer, scaler, dtype, bar
 
 
 @torch.inference_mode()
-def evaluate(model, data, indices, dtype, augment=None, batch_size=250):
-    """Mean loss and accuracy (0..1) over the images at these indices, in eval mode."""
+def compute_logits(model, data, indices, dtype, augment=None, batch_size=250):
+    """The logits, float32 (N, classes), of the images at these indices, in eval mode."""
     model.eval()
-    device = data.images.device
-    loss_sum = torch.zeros((), device=device)
-    correct = torch.zeros((), device=device, dtype=torch.int64)
+    logits = []
     for part in indices.split(batch_size):
-        images, labels = local_shard(*data.batch(part, augment))
-        if len(labels):  # none where a batch has fewer images than there are processes
-            with autocast(device, dtype):
-                logits = model(images)
-            loss_sum += F.cross_entropy(logits.float(), labels, reduction="sum")
-            correct += (logits.argmax(dim=1) == labels).sum()
-    return all_reduce_mean(loss_sum, correct, count=len(indices))
-
-
-@torch.inference_mode()
-def predict_classes(model, data, indices, dtype, augment=None, batch_size=250):
-    """The class (its number) that the model gives to each image, in eval mode: a numpy array."""
-    model.eval()
-    predicted = []
-    for part in indices.split(batch_size):  # as in evaluate, so that both see the same numbers
         images, _ = data.batch(part, augment)
         with autocast(images.device, dtype):
-            predicted.append(model(images).argmax(dim=1))
-    return torch.cat(predicted).cpu().numpy()
+            logits.append(model(images).float())
+    return torch.cat(logits)
+
+
+def evaluate(model, data, indices, dtype, augment=None):
+    """Mean loss and accuracy (0..1) over the images at these indices, in eval mode."""
+    logits, labels = compute_logits(model, data, indices, dtype, augment), data.labels[indices]
+    correct = (logits.argmax(dim=1) == labels).sum()
+    # GPUs may differ in the last digits, and all processes have to stop early in the same epoch
+    return broadcast_from_rank0(
+        lambda: (F.cross_entropy(logits, labels).item(), correct.item() / len(indices)))
+
+
+def predict_classes(model, data, indices, dtype, augment=None):
+    """The class (its number) that the model gives to each image, in eval mode: a numpy array."""
+    return compute_logits(model, data, indices, dtype, augment).argmax(dim=1).cpu().numpy()
 
 
 def predict_val_and_test(model, data, dtype):
@@ -580,22 +580,16 @@ def count_parameters(model, trainable=True):
 
 
 def print_summary(model, image_size, table=True):
-    """Print the model size, counted from the parameters and by torchsummary, and its table.
+    """Print torchsummary's table of the network, if asked, and the model size.
 
-    torchsummary runs the network on random numbers, so it gets a copy in eval mode on the CPU and
-    a random state of its own: neither the model nor the run behind it notices.
+    torchsummary runs the network on random numbers: a copy of it, with a random state of its own.
     """
-    from torchsummary import summary
-
-    output = io.StringIO()
-    with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(output):
-        summary(copy.deepcopy(model).cpu().eval(), (3, image_size, image_size), device="cpu")
     if table:
-        print(output.getvalue())
-    counted = re.search(r"^Trainable params: ([\d,]+)", output.getvalue(), re.MULTILINE)[1]
+        from torchsummary import summary
+        with torch.random.fork_rng(devices=[]):
+            summary(copy.deepcopy(model).cpu().eval(), (3, image_size, image_size), device="cpu")
     print(f"Model size: {count_parameters(model):,} trainable parameters, "
-          f"{count_parameters(model, trainable=False):,} in all "
-          f"(torchsummary counts {counted} trainable)\n")
+          f"{count_parameters(model, trainable=False):,} in all\n")
 
 
 # ===================================== weights and curves =====================================
@@ -815,7 +809,7 @@ class Question:
     """A question of the report: its runs, and what the report's table says of each.
 
     title: of the table; columns: {heading: key in a record's result}; shared: flags of all its runs
-    rows: (run, the flags that this run sets, the report's number for each column or None)
+    rows: (name of the run, the flags that it sets, the report's number for each column or None)
     baseline: the run with which the others are compared; figures: its files; note: on the table
     """
 
@@ -828,13 +822,13 @@ class Question:
     note: str = ""
 
     def __post_init__(self):
-        for run, _, *numbers in self.rows:
+        for name, _, *numbers in self.rows:
             if len(numbers) != len(self.columns):
-                raise ValueError(f"{run}: {len(numbers)} numbers for {len(self.columns)} columns")
+                raise ValueError(f"{name}: {len(numbers)} numbers for {len(self.columns)} columns")
 
 
 def plan(flags, questions):
-    """What is to be run: {question: {run: flags}}; a single experiment is the question "none".
+    """What is to be run: {question: {name: flags}}; a single experiment is the question "none".
 
     questions: {question: Question}. A flag that was given on the command line counts for all runs
     of a question, but for those that set it as what they differ in.
@@ -845,16 +839,16 @@ def plan(flags, questions):
     if flags.question == "none":
         return {"none": {"": flags}}
     plans = {}
-    for name in questions if flags.question == "all" else [flags.question]:
-        question = questions[name]
+    for number in questions if flags.question == "all" else [flags.question]:
+        question = questions[number]
         own = [set(changes) for _, changes, *_ in question.rows]
         differing = set.intersection(*own) | set.union(*own) & set(question.shared)
         if len(own) > 1 and (clash := flags.given & differing):
-            raise Problem(f"--{clash.pop()} is what the runs of question {name} differ in: leave "
+            raise Problem(f"--{clash.pop()} is what the runs of question {number} differ in: leave "
                           "it out, or run one experiment without --question", status=2)
         shared = {flag: value for flag, value in question.shared.items() if flag not in flags.given}
-        plans[name] = {run: flags.replace(**{**shared, **changes})
-                       for run, changes, *_ in question.rows}
+        plans[number] = {name: flags.replace(**{**shared, **changes})
+                         for name, changes, *_ in question.rows}
     return plans
 
 
@@ -909,7 +903,7 @@ def run_all(plan, experiment, train, data, dtype):
 
 
 def find_results(plan, experiment, data=None):
-    """The records of what is planned: {question: {run: those of its seeds}}.
+    """The records of what is planned: {question: {name: those of its seeds}}.
 
     data: None: that of the records. A run or a question without records is left out and named, and
     so is a question all of whose records are those of an earlier one.
@@ -918,12 +912,12 @@ def find_results(plan, experiment, data=None):
     for question, runs in plan.items():
         # a single experiment is shown alone, whatever other seeds are recorded
         seeds = [one.seed for one in each_seed(runs[""])] if question == "none" else None
-        found = {run: find_records(flags, experiment, data and data.facts(), seeds)
-                 for run, flags in runs.items()}
-        if missing := [run for run, records in found.items() if run and not records]:
+        found = {name: find_records(flags, experiment, data and data.facts(), seeds)
+                 for name, flags in runs.items()}
+        if missing := [name for name, records in found.items() if name and not records]:
             print(f"Question {question}: no record with these flags of {'; '.join(missing)}",
                   file=sys.stderr)
-        found = {run: records for run, records in found.items() if records}
+        found = {name: records for name, records in found.items() if records}
         new = {id(record) for records in found.values() for record in records} - shown
         if new:
             results[question] = found
@@ -945,40 +939,46 @@ def check_outcome(flags, plan, results, failed):
         raise Problem(problem)
 
 
-def numbers_of(records, key):
-    """The numbers of a key in the results (accuracies in %), one for each record that has it."""
+def summarize(records, key):
+    """The mean over the seeds of a number in the results, and the ends of its error bar.
+
+    Accuracies are in %. With several seeds the bar is their standard deviation, with one seed
+    Wilson's interval of an accuracy on images that it was not trained on; else both ends are the
+    mean. None if no record has the number.
+    """
     numbers = [record["result"].get(key) for record in records]
-    return [100 * number if "accuracy" in key else number
-            for number in numbers if number is not None]
+    numbers = [number for number in numbers if number is not None]
+    if not numbers:
+        return None
+    mean = low = high = np.mean(numbers)
+    if len(numbers) > 1:
+        deviation = np.std(numbers, ddof=1)
+        low, high = mean - deviation, mean + deviation
+    elif "val_accuracy" in key or "test_accuracy" in key:
+        images = records[0]["recipe"]["data"]["val" if "val_accuracy" in key else "test"]
+        low, high = wilson(mean, min(images, 1000) if key.endswith("first_1000") else images)
+    return tuple((100 if "accuracy" in key else 1) * number for number in (mean, low, high))
 
 
 def table_cell(records, key, report):
     """ "82.1 [79.6, 84.4] (82.9, -0.8)": ours, the report's, the difference; "–" if there is none.
 
-    One seed has Wilson's interval, more have their standard deviation: "82.1 ± 0.3".
+    The error bar of several seeds is written as "82.1 ± 0.3" (see summarize).
     """
-    numbers, digits, spread = numbers_of(records, key), 1 if "accuracy" in key else 0, ""
-    if not numbers:
+    if not (numbers := summarize(records, key)):
         return "–" if records else "not run"
-    if len(numbers) > 1 and key != "model_size":
-        spread = f" ± {np.std(numbers, ddof=1):,.{digits}f}"
-    elif "val_accuracy" in key or "test_accuracy" in key:
-        low, high = interval_of(records[0], key)
+    mean, low, high = numbers
+    digits, spread = 1 if "accuracy" in key else 0, ""
+    if len(records) > 1 and key != "model_size":
+        spread = f" ± {high - mean:,.{digits}f}"
+    elif low < high:
         spread = f" [{low:.1f}, {high:.1f}]"
-    mean = np.mean(numbers)
     compared = f" ({report:,}, {mean - report:+,.{digits}f})" if report is not None else ""
     return f"{mean:,.{digits}f}{spread}{compared}"
 
 
-def interval_of(record, key):
-    """Wilson's interval (%) of an accuracy in the result of a record."""
-    images = record["recipe"]["data"]["val" if "val_accuracy" in key else "test"]
-    images = min(images, 1000) if key.endswith("first_1000") else images
-    return tuple(100 * limit for limit in wilson(record["result"][key], images))
-
-
 def table_lines(question, results):
-    """The table of a question in Markdown, as lines; results: {run: records of its seeds}.
+    """The table of a question in Markdown, as lines; results: {name: records of its seeds}.
 
     The report's numbers stand beside ours where the classes are those of CIFAR-10.
     """
@@ -988,15 +988,15 @@ def table_lines(question, results):
     base = right_answers(results.get(question.baseline, []), "reported", "test")
     headings = ["Run", *question.columns, *versus, "Seeds"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    for run, _, *report in question.rows:
-        found = results.get(run, [])
+    for name, _, *report in question.rows:
+        found = results.get(name, [])
         cells = [table_cell(found, key, number if compared else None)
                  for key, number in zip(question.columns.values(), report)]
         if versus:
             ours = right_answers(found, "reported", "test")
             cells.append(points(*difference_of(ours, base)) if (
-                run != question.baseline and ours and base) else "–")
-        lines.append(f"| {run} | {' | '.join(cells)} | {len(found)} |")
+                name != question.baseline and ours and base) else "–")
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(found)} |")
     epochs = distinct(records, lambda record: record["recipe"]["flags"]["num_epochs"])
     heading = (f"**{question.title}** on {caption(records)}, {' or '.join(map(str, epochs))} "
                "epochs at most")
@@ -1014,15 +1014,6 @@ def has_cifar10_classes(records):
     return records[0]["recipe"]["data"]["classes"] == list(CIFAR10_CLASSES)
 
 
-def write_table(question, results, folder):
-    """Print the table of a question and keep it as Markdown; results: {run: records}."""
-    path = folder / f"{slug(question.title).replace('-', '_')}.md"
-    text = "\n".join(table_lines(question, results))
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(f"\n{text}\nTable: {path.relative_to(FOLDER)}\n")
-
-
 # ============================ is the difference real? Claims and pages ============================
 # A sample is what one run has right, {seed: bool (N,)}, of the reported or other predictions on the
 # test or the validation images.
@@ -1033,7 +1024,7 @@ class Claim:
     """A conclusion of the report, and how it is judged.
 
     claim: in our words; report: the report's figures; rule: one of the functions below
-    samples: what the rule compares: (run, predictions, images), as in ("frozen", "reported",
+    samples: what the rule compares: (name, predictions, images), as in ("frozen", "reported",
     "test"); options: further arguments of the rule
     """
 
@@ -1045,14 +1036,14 @@ class Claim:
     options: dict = field(default_factory=dict)
 
     def judge(self, results):
-        """The verdict and our figures, two texts; results: {question: {run: records}}.
+        """The verdict and our figures, two texts; results: {question: {name: records}}.
 
         A run is that of its own question, else of another one; without records it has [].
         """
         found = []
-        for run, predictions, images in self.samples:
+        for name, predictions, images in self.samples:
             questions = (results.get(self.question, {}), *results.values())
-            records = next((runs[run] for runs in questions if run in runs), [])
+            records = next((runs[name] for runs in questions if name in runs), [])
             if not records:
                 return "not measured", "–"
             found.append(right_answers(records, predictions, images))
@@ -1121,19 +1112,19 @@ def verdict_of(holds, fails):
     return "holds" if holds else "does not hold" if fails else "undecided"
 
 
-def is_better(runs, samples):
+def is_better(names, samples):
     """The rule "the first is better than the second"."""
-    difference, low, high = difference_of(*samples, same=runs[0] == runs[1])
+    difference, low, high = difference_of(*samples, same=names[0] == names[1])
     return verdict_of(low > 0, high < 0), points(difference, low, high)
 
 
-def is_best(runs, samples):
+def is_best(names, samples):
     """The rule "the first is better than each of the others", with Bonferroni's correction."""
-    intervals = {run: difference_of(samples[0], sample, 1 - 0.05 / (len(samples) - 1))
-                 for run, sample in zip(runs[1:], samples[1:])}
-    nearest = min(intervals, key=lambda run: intervals[run][0])
+    intervals = {name: difference_of(samples[0], sample, 1 - 0.05 / (len(samples) - 1))
+                 for name, sample in zip(names[1:], samples[1:])}
+    nearest = min(intervals, key=lambda name: intervals[name][0])
     ours = f"against {nearest} {points(*intervals[nearest])}"
-    level = [run for run, (_, low, high) in intervals.items() if low <= 0 <= high]
+    level = [name for name, (_, low, high) in intervals.items() if low <= 0 <= high]
     if any(high < 0 for _, _, high in intervals.values()):
         return "does not hold", ours
     if level:
@@ -1142,14 +1133,14 @@ def is_best(runs, samples):
     return "holds", ours
 
 
-def does_not_gain(runs, samples, margin):
+def does_not_gain(names, samples, margin):
     """The rule "the first is not better than the second by more than a margin (points)"."""
-    difference, low, high = difference_of(*samples, same=runs[0] == runs[1])
+    difference, low, high = difference_of(*samples, same=names[0] == names[1])
     return (verdict_of(high < margin, low > margin),
             f"{points(difference, low, high)}, margin {margin:g}")
 
 
-def is_at_chance(runs, samples, classes, margin):
+def is_at_chance(names, samples, classes, margin):
     """The rule "no better than chance by more than a margin (points)"."""
     seeds = list(samples[0].values())  # all on the same images
     accuracy = np.mean(seeds)
@@ -1161,8 +1152,8 @@ def is_at_chance(runs, samples, classes, margin):
 
 def claims_table(claims, questions, results):
     """The conclusions of the report beside ours, as lines of Markdown."""
-    every = {name: {run: results.get(name, {}).get(run, []) for run, *_ in question.rows}
-             for name, question in questions.items()}  # also what has no record
+    every = {number: {name: results.get(number, {}).get(name, []) for name, *_ in question.rows}
+             for number, question in questions.items()}  # also what has no record
     lines = ["| question | the report's conclusion, or what it leaves open | report | ours "
              "| verdict |", "|---" * 5 + "|"]
     for claim in claims:
@@ -1391,17 +1382,17 @@ def load_image_folder(dataset, size, device):
     of those that validate. Raises Problem for a missing folder, fewer than two classes, a class
     with too few images, classes that differ between train and test, and a file that is no image.
     """
-    folder, others = Path(dataset).expanduser(), []
+    folder = Path(dataset).expanduser()
     if not folder.exists() and (near := difflib.get_close_matches(
             dataset.lower(), ("cifar10", "synthetic"))):
         raise Problem(f"there is no folder {dataset}: did you mean --dataset={near[0]}?")
-    train, test = (find_classes(folder / part, least, others)
+    train, test = (find_classes(folder / part, least)
                    for part, least in (("train", 2), ("test", 1)))
     if train.keys() != test.keys():
         raise Problem(f"the classes in train and test of {folder} differ: "
                       f"{', '.join(sorted(train.keys() ^ test.keys()))} is in only one of them")
-    if others:
-        print(f"Left out: {describe_others(others)}")
+    if left_out := describe_left_out(folder / "train", folder / "test"):
+        print(f"Left out: {left_out}")
     train, num_val = order_images(train)
     test, _ = order_images(test)
     check_memory(len(train) + len(test), size, device)
@@ -1414,49 +1405,51 @@ def load_image_folder(dataset, size, device):
     return classes, images, labels, len(test), num_val
 
 
-def find_classes(folder, least, others):
+def find_classes(folder, least):
     """The images of each class in a folder, {class: paths}, the classes sorted by name.
 
-    least: the images that a class needs; others: a list that files which are no images are added
-    to. Raises Problem.
+    least: the images that a class needs. Raises Problem.
     """
     if not folder.is_dir():
         raise Problem(f"there is no folder {folder}: --dataset is cifar10, synthetic, or a folder "
                       "with train/<class>/* and test/<class>/*")
-    classes = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not HIDDEN(path.name):
-            classes[path.name], rest = find_images(path)
-            others += rest
-            if len(classes[path.name]) < least:
-                raise Problem(f"the class {path} has {len(classes[path.name])} images, and needs "
-                              f"at least {least}: add some, or delete the folder"
-                              + f" (left out: {describe_others(rest)})" * bool(rest))
+    places = sorted(path for path in folder.iterdir() if path.is_dir() and not HIDDEN(path.name))
+    classes = {place.name: find_images(place) for place in places}
+    for name, images in classes.items():
+        if len(images) < least:
+            left_out = describe_left_out(folder / name)
+            raise Problem(f"the class {folder / name} has {len(images)} images, and needs at least "
+                          f"{least}: add some, or delete the folder"
+                          + f" (left out: {left_out})" * bool(left_out))
     if len(classes) < 2:
         raise Problem(f"{folder} has {len(classes)} classes, and needs at least two: one folder of "
                       "images for each class")
     return classes
 
 
-def find_images(folder):
-    """The images in a folder and those below, sorted, and the files that are none; what is hidden
-    or the system's is in neither list."""
-    readable = {suffix for suffix, name in Image.registered_extensions().items()
-                if name in Image.OPEN.keys() - STUBS}
+def find_files(folder):
+    """The files in a folder and those below, sorted, but for what is hidden or the system's."""
     files = [Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
              for name in names]
-    files = sorted(path for path in files
-                   if not any(map(HIDDEN, path.relative_to(folder).parts)))
-    return ([path for path in files if path.suffix.lower() in readable],
-            [path for path in files if path.suffix.lower() not in readable])
+    return sorted(path for path in files
+                  if not any(map(HIDDEN, path.relative_to(folder).parts)))
 
 
-def describe_others(others):
-    """What is said of files that are no images."""
+def find_images(folder):
+    """The images in a folder and those below, sorted."""
+    readable = {suffix for suffix, name in Image.registered_extensions().items()
+                if name in Image.OPEN.keys() - STUBS}
+    return [path for path in find_files(folder) if path.suffix.lower() in readable]
+
+
+def describe_left_out(*folders):
+    """What is said of the files in these folders that are no images; "" if there are none."""
+    others = [path for folder in folders
+              for path in sorted({*find_files(folder)} - {*find_images(folder)})]
     suffixes = Counter(path.suffix.lower() or "no suffix" for path in others)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.items())
     heic = "; convert HEIC photos to JPEG first" * bool({".heic", ".heif"} & suffixes.keys())
-    return f"{len(others)} files that are no images ({kinds}){heic}"
+    return f"{len(others)} files that are no images ({kinds}){heic}" if others else ""
 
 
 def order_images(classes):
@@ -1610,35 +1603,21 @@ class Run:
         self.epoch_start = time.perf_counter()
 
     def restore(self, state):
-        """Put the state of an interrupted run into the parts. Raises Problem if it is damaged.
+        """Put the state of an interrupted run into the parts. Raises Problem if it does not fit.
 
         No generator is restored, as every epoch seeds its own.
         """
         try:
-            check_history(state["history"], state["epoch"])
-            augmented = ["val_accuracy_augmented"] * (self.flags.augmentation != "none")
-            if (state["history"].keys() != {*HISTORY, *augmented}
-                    or {*map(len, state["history"].values())} != {state["epoch"]}):
-                raise ValueError("its history does not fit")
-            if not math.isfinite(state["seconds"]):
-                raise ValueError("its time is impossible")
             self.epoch, self.history = state["epoch"], state["history"]
-            self.best_epoch, self.best_score = state["best_epoch"], float(state["best_score"])
-            self.best_weights, self.seconds_before = state["best_model"], float(state["seconds"])
-            if not 0 <= self.best_epoch <= self.epoch:
-                raise ValueError("its best epoch is impossible")
-            if self.best_epoch:
-                self.parts["model"].load_state_dict(self.best_weights)  # it has to fit, at the end
+            self.best_epoch, self.best_score = state["best_epoch"], state["best_score"]
+            self.best_weights, self.seconds_before = state["best_model"], state["seconds"]
             for name, part in self.parts.items():
-                known, saved = part.state_dict(), state[name]
-                if name == "scaler" and not (known and saved):
+                if name == "scaler" and not (part.state_dict() and state[name]):
                     continue  # it is off, or was
-                if name != "model" and known.keys() != saved.keys():
-                    raise ValueError(f"the state of its {name} is not complete")
-                part.load_state_dict(saved)
+                part.load_state_dict(state[name])
         except MALFORMED as problem:
-            raise Problem(f"{self.latest.name} is damaged ({problem}): start anew without --resume"
-                          ) from problem
+            raise Problem(f"{self.latest.name} does not fit this run ({problem}): start anew "
+                          "without --resume") from problem
 
     def keep_best(self, epoch, score):
         """Remember the weights of the best epoch so far."""
@@ -1854,13 +1833,17 @@ def results_folder(flags):
     return FOLDER / "figures" / slug(data_name(flags.dataset) + reduced)
 
 
+RECORD = {"title", "data", "seed", "precision", "recipe", "result", "history", "seconds",
+          "finished", "device", "versions", "code"}  # what each record has
+
+
 def save_record(record, folder):
     """Write the record of a finished run as JSON; its name tells experiments apart."""
     identity = json.dumps([without_off(record["recipe"]), record["precision"]], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     path = folder / "records" / f"{slug(record['title'])}_{digest}_seed{record['seed']}.json"
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
-             for key, value in record.items()]
+             for key, value in {**record, "sha256": record_digest(record)}.items()]
     with atomic_write(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
@@ -1877,39 +1860,19 @@ def load_record(path, *version):
     """A record from its file, or None; read, and named, once in each version of the file."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        result, recipe = record["result"], record["recipe"]
-        check_history(record["history"], max(result["epoch"], result["best_epoch"] or 1))
-        if not 0 <= record["seconds"] < math.inf:
-            raise ValueError("its time is impossible")
-        counts = [record["seed"] + 1, result["epoch"], recipe["flags"]["num_epochs"],
-                  *(recipe["data"][part] for part in ("train", "val", "test"))]
-        if not (all(isinstance(count, int) and 0 < count < 2**63 for count in counts)
-                and all(0 <= number <= (1 if "accuracy" in name else 2**63)
-                        for name, number in result.items() if number is not None)):
-            raise ValueError("a number of it is impossible")
-        for arrays in (record.get("filters", {}), record.get("labels", {}),
-                       *record.get("predictions", {}).values()):
-            if not all(np.isfinite(unpack(text)).all() for text in arrays.values()):
-                raise ValueError("an array of it is impossible")
-        for text in (record["title"], record["data"], record["precision"], record["finished"],
-                     record["device"], record["versions"]["torch"], describe_code(record),
-                     recipe["data"]["fingerprint"], *recipe["data"]["classes"]):
-            text.encode()  # a text, and one that can be written
+        if record.pop("sha256", None) not in (record_digest(record), None):  # older ones have none
+            raise ValueError("it has been changed since it was written")
+        if missing := RECORD - record.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
         return record
-    except (OSError, EOFError, *MALFORMED) as problem:
+    except (OSError, *MALFORMED) as problem:
         print(f"{path} cannot be read as the record of a run and is left out: "
               f"{sentence_of(problem)}", file=sys.stderr)
 
 
-HISTORY = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
-
-
-def check_history(history, epochs):
-    """Raise an error unless a history has finite numbers, and of this number of epochs at least."""
-    for name in dict.fromkeys((*HISTORY, *history)):
-        values, highest = history.get(name, ()), 1 if "accuracy" in name else 1e39  # of float32
-        if not (len(values) >= epochs >= 1 and all(0 <= value <= highest for value in values)):
-            raise ValueError(f"its history has no {name} of {epochs} epochs, or an impossible one")
+def record_digest(record):
+    """The SHA-256 of a record's content: a number that is shown is one that was measured."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def find_records(flags, experiment, facts=None, seeds=None):
@@ -2009,15 +1972,14 @@ def resumed_precision(state, precision, device, dtype):
 
     With --precision=auto that is what it began with, where the device computes it natively.
     """
-    began, latest = state["precision"].split(", ")[0], state["precision"].split(", ")[-1].split()[0]
-    native = getattr(torch, began, None) in native_dtypes(device)
-    if precision == "auto" and native:
+    began, *changes = state["precision"].split(", ")
+    if precision == "auto" and getattr(torch, began, None) in native_dtypes(device):
         dtype = getattr(torch, began)
-    if dtype_name(dtype) == latest:
-        return dtype, state["precision"]
-    precision = f"{state['precision']}, {dtype_name(dtype)} from epoch {state['epoch'] + 1}"
-    print(f"The run began in {began}{', which is not native here' * (not native)}: {precision}")
-    return dtype, precision
+    latest = changes[-1].split()[0] if changes else began
+    if dtype_name(dtype) != latest:
+        changes.append(f"{dtype_name(dtype)} from epoch {state['epoch'] + 1}")
+        print(f"The run began in {began}, and goes on in {dtype_name(dtype)}")
+    return dtype, ", ".join([began, *changes])
 
 
 @contextlib.contextmanager
@@ -2095,35 +2057,25 @@ def load_checkpoint(path):
 def predict(flags, name, build, device, dtype):
     """Print the class and its probability for images, with the model that was trained before.
 
-    flags.predict: paths of images or folders of images; name: of the experiment. The best model
-    counts with early stopping, else the latest. build(flags, num_classes): the network.
+    flags.predict: paths of images or folders of images; name: of the experiment; build(flags,
+    num_classes): the network.
     Raises Problem if there is no model yet, or it cannot be read, and, after the others, for images
     that cannot be read.
     """
-    path = checkpoint_path("best" if flags.earlystop else "latest", flags, name)
-    if not path.exists():
-        raise Problem(f"{path} does not exist: train with the same flags first, without --predict")
-    state = load_checkpoint(path)
-    try:
-        recipe = state["recipe"]
-        classes, size = recipe["data"]["classes"], recipe["flags"]["image_size"]
-        model = build(Flags(**recipe["flags"]), len(classes))
-        model.load_state_dict(state["model"])
-        mean, std = (torch.as_tensor(recipe["normalization"][key], device=device).view(1, 3, 1, 1)
-                     for key in ("mean", "std"))
-        print(f"{state['title']}, trained on {state['data']} for {state['epoch']} epochs "
-              f"({path.name})")
-    except (Problem, *MALFORMED) as problem:
-        raise Problem(f"{path} is not a checkpoint of this script: {problem}") from problem
+    model, recipe = load_trained(flags, name, build)
     model.to(device).eval()
+    mean, std = (torch.tensor(recipe["normalization"][key], device=device).view(1, 3, 1, 1)
+                 for key in ("mean", "std"))
+    classes, size = recipe["data"]["classes"], recipe["flags"]["image_size"]
     paths, unreadable = [], 0
     for path in map(Path, flags.predict):
-        found, others = find_images(path) if path.is_dir() else ([path], [])
+        found = find_images(path) if path.is_dir() else [path]
+        left_out = describe_left_out(path) if path.is_dir() else ""
         if not found:
             raise Problem(f"there is no image in {path}"
-                          + f" (left out: {describe_others(others)})" * bool(others))
-        if others:
-            print(f"Left out: {describe_others(others)}", file=sys.stderr)
+                          + f" (left out: {left_out})" * bool(left_out))
+        if left_out:
+            print(f"Left out: {left_out}", file=sys.stderr)
         paths += found
     for path in paths:
         try:
@@ -2138,6 +2090,24 @@ def predict(flags, name, build, device, dtype):
         print(f"{path}: {classes[label]} {probability.item():.1%}")
     if unreadable:
         raise Problem(f"{unreadable} of {len(paths)} files cannot be read as images")
+
+
+def load_trained(flags, name, build):
+    """The trained network of an experiment, with early stopping the best, else the latest, and its
+    recipe. Raises Problem if there is none, or it cannot be read."""
+    path = checkpoint_path("best" if flags.earlystop else "latest", flags, name)
+    if not path.exists():
+        raise Problem(f"{path} does not exist: train with the same flags first, without --predict")
+    state = load_checkpoint(path)
+    try:
+        recipe = state["recipe"]
+        model = build(Flags(**recipe["flags"]), len(recipe["data"]["classes"]))
+        model.load_state_dict(state["model"])
+        print(f"{state['title']}, trained on {state['data']} for {state['epoch']} epochs "
+              f"({path.name})")
+        return model, recipe
+    except (Problem, *MALFORMED) as problem:
+        raise Problem(f"{path} is not a checkpoint of this script: {problem}") from problem
 
 
 # =========================================== processes ===========================================
@@ -2194,7 +2164,7 @@ def all_reduce_mean(*sums, count):
     totals = torch.stack([number.double() for number in sums])
     if dist.is_initialized():
         dist.all_reduce(totals)
-    return tuple((totals / count).tolist())  # the one wait for a GPU in a whole epoch
+    return tuple((totals / count).tolist())  # the one wait for a GPU in a whole pass
 
 
 def broadcast_from_rank0(function, *arguments):
@@ -2300,7 +2270,7 @@ def place(model, device, channels_last=True, compiled=False):
         return
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):
         raise Problem("--compile needs a C++ compiler such as g++ on a CPU: install one, or leave "
-                      "it out", 2)
+                      "it out", status=2)
     model.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
 
 
@@ -2311,7 +2281,7 @@ def check_batches(model, batch_size):
     least = 2 * world_size() if vectors or world_size() > 1 else 1
     if batch_size < least:
         raise Problem(f"a step needs at least {least} images ({world_size()} processes, batch norm "
-                      "needs two in each): raise --batch_size or --num_training", 2)
+                      "needs two in each): raise --batch_size or --num_training", status=2)
 
 
 def tune_malloc(keep=True):

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -308,7 +309,7 @@ def comparable(value):
     times, the use of memory, and whether it was resumed."""
     if isinstance(value, dict):
         return {key: comparable(part) for key, part in value.items()
-                if key not in ("seconds", "finished", "peak_memory_mb", "resume")}
+                if key not in ("seconds", "finished", "peak_memory_mb", "resume", "sha256")}
     if isinstance(value, list):
         return [comparable(part) for part in value]
     return (value.dtype, value.tolist()) if isinstance(value, torch.Tensor) else value
@@ -406,7 +407,23 @@ def finish(process):
     return process.exitcode
 
 
-# --- records without a training ---
+# --- records and pages ---
+
+
+def change_record(path, change):
+    """Change a record in its file: change(record) returns the new one, or changes it in place.
+
+    It is an older record then, from before they had a checksum.
+    """
+    record = json.loads(path.read_text())
+    record.pop("sha256", None)
+    path.write_text(json.dumps(change(record) or record))
+
+
+def page_table(folder, title):
+    """The table with this title on the page of a folder of results, up to its legend."""
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"^\*\*{title}\*\*.*?\n\n.*?\n\n.*?\n", page, re.MULTILINE | re.DOTALL)[0]
 
 
 def made_record(seed=0, epochs=3, best=None, data="photos", title="ConvNet", share=0.7,

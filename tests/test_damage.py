@@ -108,39 +108,6 @@ def test_damaged_records_are_drawn_or_left_out_and_named(few, folder, small_conv
     assert left_out > 3
 
 
-def test_a_record_with_an_impossible_value_is_left_out_and_named(small, capsys):
-    argv = [*SHORT, "--norm_flag"]
-    record = json.loads(json.dumps(ex3_convnet.main(argv)["none"][""][0]))
-    path = next(small.rglob("*.json"))
-    nan = utils.pack(np.full((8, 3, 3, 3), np.nan, np.float16))
-    for *outer, key, value in [
-            ("history", "val_loss", [1.0, float("inf")]), ("history", "train_loss", [1.0, -1.0]),
-            ("history", "val_loss", [1.0]), ("history", "val_accuracy", [0.1, 1.5]),
-            ("history", "val_accuracy_augmented", [0.1, 1.5]),
-            ("result", "test_accuracy", "0.5"), ("result", "epoch", 3), ("result", "epoch", 0),
-            ("result", "epoch", 1.0), ("result", "val_accuracy_recalibrated", 7),
-            ("recipe", "data", "val", 0), ("recipe", "data", "train", None),
-            ("result", "model_size", 10**400), ("result", "model_size", "x"),
-            ("result", "best_epoch", "x"), ("result", "best_epoch", 3),
-            ("seed", -1), ("title", 5), ("data", "\ud800"), ("finished", None),
-            ("filters", "before", nan), ("filters", "after", "x"), ("filters", "after", None),
-            ("filters", None), ("recipe", "flags", {}), ("recipe", None)]:
-        bad = parent = copy.deepcopy(record)
-        for name in outer:
-            parent = parent[name]
-        parent[key] = value
-        path.write_text(json.dumps(bad))
-        utils.load_record.cache_clear()  # it goes by the time, which is the same for quick writes
-        capsys.readouterr()
-        assert utils.load_records(path.parent.parent) == [], (*outer, key, value)
-        named, = capsys.readouterr().err.splitlines()
-        assert named.startswith(f"{path} cannot be read as the record of a run and is left out: ")
-    path.write_text(json.dumps(record))
-    utils.load_record.cache_clear()
-    assert utils.load_records(path.parent.parent) == [record]
-    assert capsys.readouterr().err == ""
-
-
 def test_a_damaged_record_does_not_keep_the_others_from_being_drawn(small, capsys):
     """And the run that it was of counts as not done."""
     argv = [*SHORT, "--question=2a"]
@@ -207,12 +174,13 @@ def test_damaged_checkpoints_work_unchanged_or_are_named(small, trained, way, ca
 
 @pytest.mark.parametrize("way", [0, 1], ids=["resume", "predict"])
 def test_checkpoints_of_another_structure_work_or_are_named(small, trained, way, capsys):
-    """What --resume cannot go on from is kept, if it is not refused."""
+    """What --resume cannot go on from is kept, if it is not refused. It takes the values as they
+    are: a change of one is noticed by the checksums."""
     draw, state = random.Random(way), utils.load_checkpoint(trained.path)
-    states = [{**state, name: junk} for name in state for junk in (None, "x")]
-    states += [{other: state[other] for other in state if other != name} for name in state]
-    rest = {name: state.pop(name) for name in ("optimizer", "scheduler", "scaler")}
-    states += [{**twist(state, draw, (*JUNK, torch.zeros(3))), **rest} for _ in range(24)]
+    states = [{other: state[other] for other in state if other != name} for name in state]
+    states += [{**state, name: None} for name in ("model", "optimizer", "scheduler", "recipe")]
+    if way == 1:
+        states += [twist(state, draw, (*JUNK, torch.zeros(3))) for _ in range(24)]
     for state in [*states, None, [], {}]:
         torch.save(state, trained.path)
         bad, before = trained.path.read_bytes(), contents(small)
@@ -225,20 +193,12 @@ def test_checkpoints_of_another_structure_work_or_are_named(small, trained, way,
             kept.unlink()
 
 
-@pytest.mark.parametrize(("part", "junk", "words"), [
-    ("scheduler", {}, "the state of its scheduler is not complete"),
-    ("history", {}, "its history has no train_loss of 1 epochs"),
-    ("history", {key: [0.5] for key in ("train_loss", "train_accuracy", "val_loss", "seconds")},
-     "its history has no val_accuracy"),
-    ("history", {key: [0.5] for key in (*utils.HISTORY, "val_accuracy_augmented")},
-     "its history does not fit"),
-    ("history", {key: [0.5, 0.5] for key in utils.HISTORY}, "its history does not fit"),
-    ("seconds", float("inf"), "its time is impossible"),
-    ("best_epoch", 2, "its best epoch is impossible"),
-    ("epoch", 2, "its history has no train_loss of 2 epochs")])
-def test_a_checkpoint_that_is_not_complete_is_not_resumed(small, trained, part, junk, words):
-    torch.save({**utils.load_checkpoint(trained.path), part: junk}, trained.path)
-    with pytest.raises(utils.Problem, match=words):
+@pytest.mark.parametrize("part", ["model", "optimizer", "scheduler", "history", "best_model"])
+def test_a_checkpoint_without_a_part_is_not_resumed(small, trained, part):
+    state = utils.load_checkpoint(trained.path)
+    del state[part]
+    torch.save(state, trained.path)
+    with pytest.raises(utils.Problem, match=f"does not fit this run .*{part}"):
         trained.ways[0]()
 
 

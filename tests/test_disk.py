@@ -37,16 +37,15 @@ def test_a_file_that_does_not_fit_leaves_the_old_one(start, tmp_path):
 
 
 @pytest.mark.skipif(utils.resource is None, reason="needs a limit on the size of files")
-def test_a_table_that_does_not_fit_leaves_the_old_one(small):
-    question = ex3_convnet.QUESTIONS["2a"]
-    results = ex3_convnet.main([*SHORT, "--question=2a"])["2a"]
-    path = small / "table_1.md"
+def test_a_page_that_does_not_fit_leaves_the_old_one(small):
+    ex3_convnet.main([*SHORT, "--question=2a"])
+    path, = small.rglob("README.md")
     path.write_text("old")
     before = utils.resource.getrlimit(utils.resource.RLIMIT_FSIZE)
     utils.resource.setrlimit(utils.resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        with pytest.raises(utils.Problem, match="table_1.md cannot be written"):
-            utils.write_table(question, results, small)
+        with pytest.raises(utils.Problem, match="README.md cannot be written"):
+            ex3_convnet.main([*SHORT, "--question=2a", "--redraw"])
     finally:
         utils.resource.setrlimit(utils.resource.RLIMIT_FSIZE, before)
     assert path.read_text() == "old"

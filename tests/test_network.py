@@ -16,7 +16,9 @@ def test_the_reports_model_sizes(norm_flag, size, capsys):
     model = ConvNet(norm_flag=norm_flag)
     assert utils.count_parameters(model) == size
     utils.print_summary(model, 32)
-    assert f"torchsummary counts {size:,} trainable" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"Trainable params: {size:,}\n" in output  # as torchsummary counts them
+    assert f"Model size: {size:,} trainable parameters" in output
 
 
 def test_only_parameters_that_learn_count_as_trainable():

@@ -35,7 +35,9 @@ def test_model_sizes(bare_vgg, capsys):
         assert utils.count_parameters(model) == size
         assert utils.count_parameters(model, trainable=False) == 9_225_984 + head
         utils.print_summary(model, 32)
-        assert f"torchsummary counts {size:,} trainable" in capsys.readouterr().out
+        output = capsys.readouterr().out
+        assert f"Trainable params: {size:,}\n" in output  # as torchsummary counts them
+        assert f"Model size: {size:,} trainable parameters" in output
 
 
 def test_the_head(bare_vgg):

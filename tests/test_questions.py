@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import TINY, parse
+from conftest import TINY, change_record, page_table, parse
 from PIL import Image
 
 import ex3_convnet
@@ -143,10 +143,10 @@ def like_cifar10(few):
     few.classes = list(utils.CIFAR10_CLASSES)
 
 
-def check_table(path, results, question):
+def check_table(text, results, question):
     """Each cell holds the mean over the records, the report's number, and their difference."""
     report = {run: dict(zip(question.columns, numbers)) for run, _, *numbers in question.rows}
-    header, _, *rows = [line.strip("|").split("|") for line in path.read_text().splitlines()
+    header, _, *rows = [line.strip("|").split("|") for line in text.splitlines()
                         if line.startswith("|")]
     columns = [name.strip() for name in header][1:-1]
     assert [row[0].strip() for row in rows] == list(report)
@@ -200,8 +200,7 @@ def drawn(monkeypatch, what):
 
 def read_back(folder, results):
     """The records that were returned, as they are in the files."""
-    files = [json.loads(path.read_text())
-             for path in (folder / "figures/synthetic-60/records").iterdir()]
+    files = utils.load_records(folder / "figures/synthetic-60")
     for runs in results.values():
         for records in runs.values():
             assert all(record in files for record in records)
@@ -213,8 +212,8 @@ def test_every_question_of_the_convnet(like_cifar10, small, folder, capsys, monk
     assert len(small) == 1 + 1 + 2 + 8 + 12  # 27: 1 and 2a share one; 2a, 3a and 3b one
     place, output = folder / "figures/synthetic-60", capsys.readouterr().out
     for table, question in enumerate(("2a", "2b", "3a", "3b"), start=1):
-        text = (place / f"table_{table}.md").read_text()
-        check_table(place / f"table_{table}.md", results[question], ex3_convnet.QUESTIONS[question])
+        text = page_table(place, f"Table {table}")
+        check_table(text, results[question], ex3_convnet.QUESTIONS[question])
         assert "synthetic, 60 training images, seed 0, 1 epochs" in text
         assert "95 % intervals" in text
         assert text in output
@@ -227,7 +226,7 @@ def test_every_question_of_the_convnet(like_cifar10, small, folder, capsys, monk
 
     # all of it but the picture of the techniques can be drawn again from the records alone
     before = {path.name: path.read_bytes() for path in [*place.glob("*.md"), *place.glob("*.csv")]}
-    assert {"README.md", "results.csv"} < before.keys()
+    assert before.keys() == {"README.md", "results.csv"}
     drawn = figures(folder)
     for path in [*place.glob("*.md"), *place.glob("*.csv"), *place.glob("*.png")]:
         if path.name != "figure_6_techniques.png":
@@ -252,20 +251,28 @@ def test_every_question_of_the_pretrained_network(like_cifar10, folder, weights_
     results = read_back(folder, ex3_pretrained.main([
         *TINY, "--question=all", f"--pretrained={weights_file}"]))
     for table, question in (5, "4a"), (6, "4b"):
-        path = folder / f"figures/synthetic-60/table_{table}.md"
-        check_table(path, results[question], ex3_pretrained.QUESTIONS[question])
-        assert "eval mode on clean images" in path.read_text()
+        text = page_table(folder / "figures/synthetic-60", f"Table {table}")
+        check_table(text, results[question], ex3_pretrained.QUESTIONS[question])
+        assert "eval mode on clean images" in text
     assert figures(folder) == {f"figure_{name}{kind}.png" for kind in ("", "_filters") for name in (
         "8_part_4a", "8_part_4a_frozen_norm_train", "9_part_4b_1", "10_part_4b_2")}
 
 
+def test_an_experiment_draws_its_filters_curves_and_classes(small, folder, weights_file):
+    ex3_convnet.main(TINY)
+    ex3_pretrained.main([*TINY, f"--pretrained={weights_file}"])
+    assert {path.name for path in folder.rglob("*.png")} == {
+        "convnet_filters.png", "convnet_learning_curves.png", "convnet_classes.png",
+        "figure_9_part_4b_1_filters.png", "figure_9_part_4b_1.png", "part_4b_1_classes.png"}
+
+
 def test_several_seeds_show_mean_and_deviation(like_cifar10, small, folder):
     results = ex3_convnet.main([*TINY, "--question=2a", "--seeds=3"])
-    path = folder / "figures/synthetic-60/table_1.md"
-    check_table(path, results["2a"], ex3_convnet.QUESTIONS["2a"])
+    text = page_table(folder / "figures/synthetic-60", "Table 1")
+    check_table(text, results["2a"], ex3_convnet.QUESTIONS["2a"])
     accuracies = [100 * r["result"]["val_accuracy"] for r in results["2a"]["with batch norm"]]
-    assert f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f} (82.9" in path.read_text()
-    assert "3 seeds" in path.read_text()
+    assert f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f} (82.9" in text
+    assert "3 seeds" in text
 
 
 def test_redrawing_without_records_is_an_error(folder):
@@ -276,9 +283,9 @@ def test_redrawing_without_records_is_an_error(folder):
 def test_a_table_tells_which_run_is_missing(small, folder, capsys):
     ex3_convnet.main([*TINY, "--question=1"])
     ex3_convnet.main([*TINY, "--question=2a", "--redraw"])
-    assert "| with batch norm | not run |" in (
-        folder / "figures/synthetic-60/table_1.md").read_text()
-    assert "Question 2a: no record with these flags of with batch norm" in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert "| with batch norm | not run |" in output.out
+    assert "Question 2a: no record with these flags of with batch norm" in output.err
 
 
 def test_redrawing_all_leaves_out_a_question_without_records(small, folder, capsys):
@@ -290,17 +297,16 @@ def test_redrawing_all_leaves_out_a_question_without_records(small, folder, caps
         ex3_convnet.main([*TINY, "--question=all", "--redraw", "--reg=0.5"])
 
 
-def test_an_older_record_without_recalibrated_accuracy_can_be_drawn(small, folder):
+def test_an_older_record_without_recalibrated_accuracy_can_be_drawn(small, folder, capsys):
     ex3_convnet.main([*TINY, "--norm_flag"])
     path = next(folder.rglob("*.json"))
-    record = json.loads(path.read_text())
-    del record["result"]["val_accuracy_recalibrated"]
-    path.write_text(json.dumps(record))
+    change_record(path, lambda record: record["result"].pop("val_accuracy_recalibrated") and None)
     ex3_convnet.main([*TINY, "--question=3b", "--redraw"])
-    row = next(line for line in (folder / "figures/synthetic-60/table_4.md").read_text().split("\n")
+    row = next(line for line in capsys.readouterr().out.splitlines()
                if line.startswith("| no dropout |"))
     assert row.endswith("| – | – | 1 |")  # and the baseline is not compared with itself
-    assert numbers(row)[1] == pytest.approx(100 * record["result"]["val_accuracy"], abs=0.051)
+    assert numbers(row)[1] == pytest.approx(
+        100 * json.loads(path.read_text())["result"]["val_accuracy"], abs=0.051)
 
 
 def test_figures_are_drawn_of_few_runs_too(small, folder):
@@ -330,7 +336,7 @@ def test_a_ninth_technique_is_an_entry_and_a_row(like_cifar10, small, folder, mo
         axis.get_title() or axis.get_ylabel() for axis in figure.axes])
     results = ex3_convnet.main([*TINY, "--question=3a"])
     assert small == [("ConvNet, batch norm", 0), ("ConvNet, batch norm, half_turn", 0)]
-    check_table(folder / "figures/synthetic-60/table_3.md", results["3a"], question)
+    check_table(page_table(folder / "figures/synthetic-60", "Table 3"), results["3a"], question)
     assert [title.split(":")[0] for title in figures[0]] == ["no augmentation", "half turn"]
     assert figures[1] == ["original", "half_turn"]
     record = results["3a"]["half turn"][0]

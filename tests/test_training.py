@@ -80,18 +80,20 @@ def test_the_order_of_the_images_is_the_generators():
 def test_evaluate_is_the_mean_over_images_in_eval_mode(four_hundred):
     model, data = network().train(), four_hundred
     before = copy.deepcopy(model.state_dict())
-    loss, accuracy = utils.evaluate(model, data, data.val, torch.float32, batch_size=33)
+    loss, accuracy = utils.evaluate(model, data, data.val, torch.float32)
+    logits = utils.compute_logits(model.train(), data, data.val, torch.float32, batch_size=33)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     model.eval()
     losses, classes, right = [], [], []
-    for i in data.val.tolist():  # one by one
-        logits = model((data.images[i:i + 1] / 255 - 0.5) / 0.5)
-        losses.append(F.cross_entropy(logits, data.labels[i:i + 1]).item())
-        classes.append(logits.argmax().item())
+    for i, ours in zip(data.val.tolist(), logits, strict=True):  # one by one
+        plain = model((data.images[i:i + 1] / 255 - 0.5) / 0.5)
+        assert torch.allclose(plain[0], ours, atol=1e-5)
+        losses.append(F.cross_entropy(plain, data.labels[i:i + 1]).item())
+        classes.append(plain.argmax().item())
         right.append(classes[-1] == data.labels[i].item())
     assert loss == pytest.approx(sum(losses) / 100, rel=1e-4)
     assert accuracy == pytest.approx(sum(right) / 100)
-    predicted = utils.predict_classes(model.train(), data, data.val, torch.float32, batch_size=33)
+    predicted = utils.predict_classes(model.train(), data, data.val, torch.float32)
     assert predicted.tolist() == classes
 
 
@@ -292,6 +294,7 @@ def test_a_short_real_training_beats_chance_by_far(folder, capsys, monkeypatch):
     assert result["train_accuracy"] == history["train_accuracy"][best]
 
     written, = records_in(folder)
+    assert written.pop("sha256") == utils.record_digest(record)
     assert written == json.loads(json.dumps(record))
     flags = written["recipe"]["flags"]
     assert (flags["batch_size"], written["seed"], written["data"]) == (20, 0, "synthetic")
