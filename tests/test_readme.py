@@ -38,7 +38,7 @@ def test_the_first_command_sets_up_everything_and_the_last_one_tests_it():
         assert block.startswith(
             "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt")
     assert "--dataset=synthetic" in BLOCKS[0]
-    assert BLOCKS[-1].endswith(".venv/bin/pytest\n")
+    assert ".venv/bin/ruff check . && .venv/bin/pytest " in BLOCKS[-1]
 
 
 def test_every_other_command_is_known():
