@@ -101,10 +101,10 @@ def make_optimizer(model, flags):
 
 def describe(flags):
     """The network and what is special about it, as titles and file names give it."""
-    return ", ".join(["ConvNet"] + ["batch norm"] * flags.norm_flag
-                     + [f"dropout {flags.dropout:g}"] * (flags.dropout > 0)
-                     + [flags.augmentation] * (flags.augmentation != "none")
-                     + ["early stopping"] * flags.earlystop)
+    parts = {"ConvNet": True, "batch norm": flags.norm_flag,
+             f"dropout {flags.dropout:g}": flags.dropout > 0,
+             flags.augmentation: flags.augmentation != "none", "early stopping": flags.earlystop}
+    return ", ".join(part for part, is_on in parts.items() if is_on)
 
 
 def checkpoint_name(flags):
@@ -280,7 +280,7 @@ CLAIMS = [  # question, claim, the report's figures, rule, what the rule compare
             utils.does_not_gain, [(name, "latest", "test"), (name, "reported", "test")],
             {"margin": 0.5})
       for name, figures in (("without batch norm", "validation 81.5 → 79.6"),
-                           ("with batch norm", "validation 84.9 → 81.8"))),
+                            ("with batch norm", "validation 84.9 → 81.8"))),
     Claim("3a", "horizontal flip helps", "validation 84.9", utils.is_better,
           [(name, "reported", "test") for name in ("horizontal_flip", "no augmentation")]),
     Claim("3a", "horizontal flip is the best technique", "84.9, next 80.0", utils.is_best,
@@ -304,7 +304,7 @@ CLAIMS = [  # question, claim, the report's figures, rule, what the rule compare
 
 
 def draw(question, results, runs, data):
-    """The figures and tables of a question (or of one experiment: "none") from its records.
+    """Draw the figures of a question (or one experiment: "none") and print its table.
 
     results: {name: the records of its seeds}; runs: {name: its flags}; data: for the picture of the
     techniques, or None.
@@ -312,11 +312,11 @@ def draw(question, results, runs, data):
     flags, first = next(iter(runs.values())), next(iter(results.values()))
     folder, show = utils.results_folder(flags), flags.show
     if question == "none":
-        name = checkpoint_name(flags)
-        utils.plot_filters(first[0], folder / f"{name}_filters.png", show)
-        utils.plot_learning_curves(first, describe(flags), folder / f"{name}_learning_curves.png",
+        part = checkpoint_name(flags)
+        utils.plot_filters(first[0], folder / f"{part}_filters.png", show)
+        utils.plot_learning_curves(first, describe(flags), folder / f"{part}_learning_curves.png",
                                    show)
-        utils.plot_classes(first[0], folder / f"{name}_classes.png", show)
+        utils.plot_classes(first[0], folder / f"{part}_classes.png", show)
     elif question == "1":
         utils.plot_filters(first[0], folder / "figure_1_2_filters.png", show)
     elif question == "2a":
@@ -416,7 +416,7 @@ def plot_dropout(results, path, show=False):
                 "validation, batch norm recalibrated")}),
             (without, "val_accuracy", {**utils.VALIDATION, "color": "grey", "marker": "d",
                               "label": "validation, no batch norm"})):
-        plot_over_dropout(axis, list(runs.values()), key, style)
+        plot_over_dropout(axis, runs.values(), key, style)
     rates = sorted({changes["dropout"] for _, changes, *_ in QUESTIONS["3b"].rows})
     axis.set(xlabel="dropout", ylabel="accuracy (%)", ylim=utils.PERCENT, xticks=rates)
     axis.grid(alpha=0.3)

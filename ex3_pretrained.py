@@ -343,7 +343,8 @@ QUESTIONS = {  # rows: name, the flags that it sets, the report's number for eac
     "4a": Question(
         title="Table 5", shared={"fine_tune": False}, baseline="frozen",
         figures=("figure_8_part_4a.png", "figure_8_part_4a_filters.png",
-                 "figure_8_part_4a_frozen_norm_train.png"),
+                 "figure_8_part_4a_frozen_norm_train.png",
+                 "figure_8_part_4a_frozen_norm_train_filters.png"),
         note=NOTE,
         columns={"Validation accuracy": "val_accuracy", "Test accuracy": "test_accuracy",
                  "Test accuracy, first 1,000": "test_accuracy_first_1000"},
@@ -380,7 +381,7 @@ CLAIMS = [  # question, claim, the report's figures, rule, what the rule compare
 
 
 def draw(question, results, runs, data):
-    """The figures and tables of a question (or of one experiment: "none") from its records.
+    """Draw the figures of a question (or one experiment: "none") and print its table.
 
     results: {name: the records of its seeds}; runs: {name: its flags}; data: not needed here.
     """

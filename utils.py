@@ -117,8 +117,8 @@ class Flags(argparse.Namespace):
 
     def what(self):
         """The settings that decide what is computed, as a dict; of a path, only its end."""
-        return {name: without_folders(value) for name, value in vars(self).items()
-                if name not in self.where_and_how}
+        return {name: Path(value).name if isinstance(value, str) else value
+                for name, value in vars(self).items() if name not in self.where_and_how}
 
 
 def parse_flags(script, argv=None):
@@ -223,12 +223,10 @@ def parse_value(types, limit, text):
     else:
         raise argparse.ArgumentTypeError(f"{text!r} is not of type {' or '.join(types)}")
     if limit:
-        is_test = callable(limit[-1])
-        words, possible = limit if is_test else (" or ".join(limit), limit.__contains__)
-        try:
+        words, possible = limit if callable(limit[-1]) else (" or ".join(limit), limit.__contains__)
+        fits = False
+        with contextlib.suppress(TypeError):  # of another type, which an edit has given to it
             fits = possible(value)
-        except TypeError:  # of another type, which an edit has given to the setting
-            fits = False
         if not fits:
             raise argparse.ArgumentTypeError(f"{text!r} is not possible, it has to be {words}")
     return value
@@ -399,7 +397,7 @@ def resize_crop(images, generator, ratio):
     """Enlarge by a ratio (bilinear), then crop the old size at a random place."""
     side = images.shape[-1]
     room = round(ratio * side) - side  # pixels that the crop can move by
-    left, top = ((uniform(0, room + 1, images, generator)).floor() for _ in range(2))
+    left, top = (uniform(0, room + 1, images, generator).floor() for _ in range(2))
     x, y = ((2 * corner - room) / (side + room) for corner in (left, top))
     part = side / (side + room)
     return sample(images, [[part, 0, x], [0, part, y]], "bilinear", "border")
@@ -417,7 +415,7 @@ def blend(images, others, factor):
 
 
 def adjust_brightness(images, factor):
-    return blend(images, torch.zeros_like(images), factor)
+    return (factor * images).clamp(0, 1)
 
 
 def adjust_contrast(images, factor):
@@ -544,17 +542,18 @@ def compute_logits(model, data, indices, dtype, augment=None, batch_size=250):
     for part in indices.split(batch_size):
         images, _ = data.batch(part, augment)
         with autocast(images.device, dtype):
-            logits.append(model(images).float())
+            logits.append(model(images).to(torch.float32, copy=True))  # a CUDA graph reuses its own
     return torch.cat(logits)
 
 
 def evaluate(model, data, indices, dtype, augment=None):
     """Mean loss and accuracy (0..1) over the images at these indices, in eval mode."""
-    logits, labels = compute_logits(model, data, indices, dtype, augment), data.labels[indices]
-    correct = (logits.argmax(dim=1) == labels).sum()
-    # GPUs may differ in the last digits, and all processes have to stop early in the same epoch
-    return broadcast_from_rank0(
-        lambda: (F.cross_entropy(logits, labels).item(), correct.item() / len(indices)))
+    def measure():
+        logits, labels = compute_logits(model, data, indices, dtype, augment), data.labels[indices]
+        correct = (logits.argmax(dim=1) == labels).sum()
+        return F.cross_entropy(logits, labels).item(), correct.item() / len(indices)
+
+    return broadcast_from_rank0(measure)  # GPUs may differ, and all have to stop in the same epoch
 
 
 def predict_classes(model, data, indices, dtype, augment=None):
@@ -587,7 +586,7 @@ def print_summary(model, image_size, table=True):
     if table:
         from torchsummary import summary
         with torch.random.fork_rng(devices=[]):
-            summary(copy.deepcopy(model).cpu().eval(), (3, image_size, image_size), device="cpu")
+            summary(copy.deepcopy(model).eval(), (3, image_size, image_size), device="cpu")
     print(f"Model size: {count_parameters(model):,} trainable parameters, "
           f"{count_parameters(model, trainable=False):,} in all\n")
 
@@ -768,10 +767,12 @@ def plot_learning_curves(records, title, path, show=False):
 def caption(records):
     """The data, training images and seeds behind a figure or a table."""
     images = distinct(records, lambda record: record["recipe"]["data"]["train"])
-    seeds = distinct(records, lambda record: record["seed"])
+    seeds = [str(seed) for seed in distinct(records, lambda record: record["seed"])]
+    counts = Counter(str(record["recipe"]) for record in records).values()  # seeds of each run
+    several = f"{min(counts)} to " * (min(counts) < max(counts)) + f"{max(counts)} seeds"
     precisions = distinct(records, lambda record: record["precision"])
     return (f"{records[0]['data']}, {' or '.join(f'{n:,}' for n in images)} training images, "
-            + (f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
+            + (f"seed {' or '.join(seeds)}" if max(counts) == 1 else several)
             + f", {' and '.join(precisions)}" * (len(precisions) > 1))
 
 
@@ -855,9 +856,8 @@ def plan(flags, questions):
 def all_runs(plan):
     """The flags of each run that is planned, once for each seed, without those that questions
     share. With --parallel=runs, those of this process."""
-    runs = list({json.dumps([flags.what(), flags.seed], sort_keys=True, default=str): flags
-                 for runs in plan.values() for one in runs.values()
-                 for flags in each_seed(one)}.values())
+    every = [flags for runs in plan.values() for one in runs.values() for flags in each_seed(one)]
+    runs = [flags for i, flags in enumerate(every) if flags not in every[:i]]
     rank, world_size = torchrun_rank()
     return runs[rank::world_size] if runs[0].parallel == "runs" else runs
 
@@ -912,12 +912,11 @@ def find_results(plan, experiment, data=None):
     for question, runs in plan.items():
         # a single experiment is shown alone, whatever other seeds are recorded
         seeds = [one.seed for one in each_seed(runs[""])] if question == "none" else None
-        found = {name: find_records(flags, experiment, data and data.facts(), seeds)
-                 for name, flags in runs.items()}
-        if missing := [name for name, records in found.items() if name and not records]:
+        found = {name: records for name, flags in runs.items() if (
+            records := find_records(flags, experiment, data and data.facts(), seeds))}
+        if missing := [name for name in runs if name and name not in found]:
             print(f"Question {question}: no record with these flags of {'; '.join(missing)}",
                   file=sys.stderr)
-        found = {name: records for name, records in found.items() if records}
         new = {id(record) for records in found.values() for record in records} - shown
         if new:
             results[question] = found
@@ -967,12 +966,14 @@ def table_cell(records, key, report):
     """
     if not (numbers := summarize(records, key)):
         return "–" if records else "not run"
-    mean, low, high = numbers
     digits, spread = 1 if "accuracy" in key else 0, ""
-    if len(records) > 1 and key != "model_size":
+    mean, low, high = numbers
+    several = sum(record["result"].get(key) is not None for record in records) > 1
+    if several and key != "model_size":
         spread = f" ± {high - mean:,.{digits}f}"
     elif low < high:
         spread = f" [{low:.1f}, {high:.1f}]"
+    mean = round(mean, digits)  # so that the difference is that of the numbers beside it
     compared = f" ({report:,}, {mean - report:+,.{digits}f})" if report is not None else ""
     return f"{mean:,.{digits}f}{spread}{compared}"
 
@@ -1000,12 +1001,13 @@ def table_lines(question, results):
     epochs = distinct(records, lambda record: record["recipe"]["flags"]["num_epochs"])
     heading = (f"**{question.title}** on {caption(records)}, {' or '.join(map(str, epochs))} "
                "epochs at most")
-    legend = "Ours" + " (the report's, the difference)" * compared + (
+    legend = "Ours" + " (the report's, of 49,000 training images; the difference)" * compared + (
         "; accuracies in %, of several seeds their mean ± standard deviation. In brackets 95 % "
-        "intervals: of one accuracy Wilson's") + (
-        "; of a difference (points) paired over the test images, which speaks for these two "
-        "trained networks only, or with two seeds or more each Welch's over the seeds"
-        ) * bool(versus)
+        "intervals: of one accuracy Wilson's")
+    if versus and any("[" in line.split("|")[-3] for line in lines):
+        legend += ("; of a difference (points) paired over the test images, which speaks for these "
+                   "two trained networks only, or with two seeds or more each Welch's over the "
+                   "seeds")
     return [heading, "", *lines, "", f"{legend}. {question.note}".strip(), ""]
 
 
@@ -1161,7 +1163,8 @@ def claims_table(claims, questions, results):
         lines.append(f"| {claim.question} | {claim.claim} | {claim.report} | {ours} "
                      f"| **{verdict}** |")
     return [*lines, "", "Ours: how much the first is ahead (points of accuracy), and the 95 % "
-            "interval. It holds or not if the whole interval says so, else it is undecided."]
+            "interval. It holds or not if the whole interval says so, else it is undecided. Not "
+            "measured: a run is missing; predictions not recorded: its record is an older one."]
 
 
 def write_page(script, flags, questions, claims, experiment, data=None):
@@ -1177,8 +1180,8 @@ def write_page(script, flags, questions, claims, experiment, data=None):
         results = find_results(plans, experiment, data)
     path, script = folder / "README.md", Path(script).name
     data = next(runs[0]["recipe"]["data"] for found in results.values() for runs in found.values())
-    records, lines = [record for record in load_records(folder)
-                      if record["recipe"]["data"] == data], []
+    records = [record for record in load_records(folder) if record["recipe"]["data"] == data]
+    lines = []
     if has_cifar10_classes(records):
         lines = [f"## Did the report hold up? ({script})", "",
                  *claims_table(claims, questions, results), ""]
@@ -1460,14 +1463,13 @@ def order_images(classes):
     if len(numbers) == len(images):
         return (sorted(images, key=lambda image: int(image[1].stem)),
                 max(1, min(1000, len(images) // 10)))
-    keys = {}
+    places = []  # 1 if it validates, how far into its class, and the image
     for name, paths in classes.items():
         num_val = max(1, len(paths) // 10)
         num_train = len(paths) - num_val
-        for i, path in enumerate(paths):
-            place = (0, i / num_train) if i < num_train else (1, (i - num_train) / num_val)
-            keys[name, path] = (*place, name)
-    return sorted(images, key=keys.get), sum(max(1, len(paths) // 10) for paths in classes.values())
+        places += [(0, i / num_train, name, path) for i, path in enumerate(paths[:num_train])]
+        places += [(1, i / num_val, name, path) for i, path in enumerate(paths[num_train:])]
+    return [place[2:] for place in sorted(places)], sum(place[0] for place in places)
 
 
 def read_image(path, size):
@@ -1587,7 +1589,7 @@ class Run:
         """Take the parts whose states the checkpoints hold, and restore an interrupted run.
 
         parts: model, optimizer, scheduler and the like, each with a state_dict.
-        Raises Problem if there is no room for the checkpoints, or the state is damaged.
+        Raises Problem if there is no room for the checkpoints, or the state does not fit.
         """
         flags, data, self.parts = self.flags, self.data, parts
         check_batches(parts["model"], min(flags.batch_size, len(data.train)))
@@ -1612,9 +1614,8 @@ class Run:
             self.best_epoch, self.best_score = state["best_epoch"], state["best_score"]
             self.best_weights, self.seconds_before = state["best_model"], state["seconds"]
             for name, part in self.parts.items():
-                if name == "scaler" and not (part.state_dict() and state[name]):
-                    continue  # it is off, or was
-                part.load_state_dict(state[name])
+                if name != "scaler" or state[name]:  # else it was off
+                    part.load_state_dict(state[name])
         except MALFORMED as problem:
             raise Problem(f"{self.latest.name} does not fit this run ({problem}): start anew "
                           "without --resume") from problem
@@ -1701,7 +1702,7 @@ class Run:
             **self.about(), "result": result, "history": self.history, "seconds": self.seconds(),
             "peak_memory_mb": peak_memory(device), "device": describe_device(device),
             "processes": world_size(), "where_and_how": {
-                name: without_folders(getattr(self.flags, name)) for name in (
+                name: getattr(self.flags, name) for name in (
                     "device", "channels_last", "compile", "deterministic")},
             "code": self.code, "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -1787,11 +1788,6 @@ def without_off(value):
     return {name: part for name, part in value.items() if part not in (False, None, "none", {}, [])}
 
 
-def without_folders(value):
-    """Of a path, only its end."""
-    return Path(value).name if isinstance(value, str) else value
-
-
 def pack(array):
     """A numpy array as a text for JSON: its .npy file, compressed."""
     if array.dtype.kind == "i":
@@ -1828,7 +1824,7 @@ def slug(text):
 
 
 def results_folder(flags):
-    """Where figures, tables and records of these images are: figures/<data>[-<number of them>]."""
+    """Where page, figures and records of these images are: figures/<data>[-<number of them>]."""
     reduced = f" {flags.num_training}" if flags.num_training else ""
     return FOLDER / "figures" / slug(data_name(flags.dataset) + reduced)
 
@@ -1871,7 +1867,7 @@ def load_record(path, *version):
 
 
 def record_digest(record):
-    """The SHA-256 of a record's content: a number that is shown is one that was measured."""
+    """The SHA-256 of a record's content: a number that was changed later is not shown."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
@@ -1935,8 +1931,6 @@ def difference(state, run):
 
     try:
         flags = run.flags
-        if not (isinstance(state["epoch"], int) and isinstance(state["precision"], str)):
-            return "is of another form"
         theirs, ours = parts(state["recipe"], state["seed"]), parts(run.recipe, flags.seed)
         names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
         names += ["precision"] * (flags.precision not in ("auto", state["precision"]))
@@ -1978,7 +1972,7 @@ def resumed_precision(state, precision, device, dtype):
     latest = changes[-1].split()[0] if changes else began
     if dtype_name(dtype) != latest:
         changes.append(f"{dtype_name(dtype)} from epoch {state['epoch'] + 1}")
-        print(f"The run began in {began}, and goes on in {dtype_name(dtype)}")
+        print(f"The run was in {latest} last, and goes on in {dtype_name(dtype)}")
     return dtype, ", ".join([began, *changes])
 
 
@@ -2062,15 +2056,11 @@ def predict(flags, name, build, device, dtype):
     Raises Problem if there is no model yet, or it cannot be read, and, after the others, for images
     that cannot be read.
     """
-    model, recipe = load_trained(flags, name, build)
-    model.to(device).eval()
-    mean, std = (torch.tensor(recipe["normalization"][key], device=device).view(1, 3, 1, 1)
-                 for key in ("mean", "std"))
-    classes, size = recipe["data"]["classes"], recipe["flags"]["image_size"]
+    model, mean, std, classes, size = load_trained(flags, name, build, device)
     paths, unreadable = [], 0
     for path in map(Path, flags.predict):
         found = find_images(path) if path.is_dir() else [path]
-        left_out = describe_left_out(path) if path.is_dir() else ""
+        left_out = describe_left_out(path)
         if not found:
             raise Problem(f"there is no image in {path}"
                           + f" (left out: {left_out})" * bool(left_out))
@@ -2092,20 +2082,24 @@ def predict(flags, name, build, device, dtype):
         raise Problem(f"{unreadable} of {len(paths)} files cannot be read as images")
 
 
-def load_trained(flags, name, build):
-    """The trained network of an experiment, with early stopping the best, else the latest, and its
-    recipe. Raises Problem if there is none, or it cannot be read."""
+def load_trained(flags, name, build, device):
+    """The trained network of an experiment, with early stopping the best, else the latest; mean and
+    std (1, 3, 1, 1), classes and side of its images. Raises Problem if it is not there or damaged.
+    """
     path = checkpoint_path("best" if flags.earlystop else "latest", flags, name)
     if not path.exists():
         raise Problem(f"{path} does not exist: train with the same flags first, without --predict")
     state = load_checkpoint(path)
     try:
-        recipe = state["recipe"]
-        model = build(Flags(**recipe["flags"]), len(recipe["data"]["classes"]))
+        recipe, size = state["recipe"], state["recipe"]["flags"]["image_size"]
+        classes = recipe["data"]["classes"]
+        model = build(Flags(**recipe["flags"]), len(classes))
         model.load_state_dict(state["model"])
+        mean, std = (torch.as_tensor(recipe["normalization"][key], device=device).view(1, 3, 1, 1)
+                     for key in ("mean", "std"))
         print(f"{state['title']}, trained on {state['data']} for {state['epoch']} epochs "
               f"({path.name})")
-        return model, recipe
+        return model.to(device).eval(), mean, std, classes, size
     except (Problem, *MALFORMED) as problem:
         raise Problem(f"{path} is not a checkpoint of this script: {problem}") from problem
 
@@ -2344,7 +2338,7 @@ class Diverged(Problem):
 
 # what Python raises when a file that was read well holds something else than expected
 MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError,
-             RuntimeError, zlib.error)  # too deep a recursion is a RuntimeError
+             RuntimeError)  # too deep a recursion is a RuntimeError
 
 
 def is_out_of_memory(problem):

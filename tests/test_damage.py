@@ -1,4 +1,4 @@
-"""Damaged files: each is read as it was, or named in one sentence; nothing is trusted."""
+"""Damaged files: each is read as it was, or named in one sentence."""
 
 import copy
 import json

@@ -46,7 +46,7 @@ def test_a_precision_that_is_not_native_here_is_changed_and_the_record_tells(
     with interrupted(3):
         ex3_convnet.main([*AUTO, "--num_epochs=4", "--resume"])
     told = "bfloat16, float32 from epoch 2"
-    assert "The run began in bfloat16, and goes on in float32" in (
+    assert "The run was in bfloat16 last, and goes on in float32" in (
         capsys.readouterr().out)
     record, = ex3_convnet.main([*AUTO, "--num_epochs=4", "--resume"])["none"][""]
     assert record["precision"] == told  # it changed once, though it was interrupted again
@@ -68,7 +68,7 @@ def test_back_on_the_first_machine_the_first_precision_returns(small, native, ca
     assert record["precision"] == told
     output = capsys.readouterr().out
     assert told in output
-    assert "goes on in bfloat16" in output
+    assert "The run was in float32 last, and goes on in bfloat16" in output
 
 
 def test_an_explicit_precision_goes_on_only_in_itself(small, native, epochs, capsys):
