@@ -13,7 +13,7 @@ import utils
 PUBLISHED = [path.parent for path in sorted(ROOT.glob("figures/cifar-10*/records"))]
 WEIGHTS = "--pretrained=vgg11_bn-tiny-imagenet32.pth"
 JPEG = "--dataset=CIFAR-10 (JPEG)"
-REDRAW = [("ex3_pretrained.py", WEIGHTS), ("ex3_convnet.py", JPEG),
+REDRAW = [("ex3_convnet.py",), ("ex3_pretrained.py", WEIGHTS), ("ex3_convnet.py", JPEG),
           ("ex3_convnet.py", JPEG, "--num_training=10000"), ("ex3_pretrained.py", JPEG, WEIGHTS)]
 
 
