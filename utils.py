@@ -832,7 +832,7 @@ def plan(flags, questions):
     """What is to be run: {question: {name: flags}}; a single experiment is the question "none".
 
     questions: {question: Question}. A flag that was given on the command line counts for all runs
-    of a question, but for those that set it as what they differ in.
+    of a question, but for those that set it themselves.
     Raises Problem (status 2) if all do.
     """
     if flags.rerun and flags.resume:
@@ -845,8 +845,8 @@ def plan(flags, questions):
         own = [set(changes) for _, changes, *_ in question.rows]
         differing = set.intersection(*own) | set.union(*own) & set(question.shared)
         if len(own) > 1 and (clash := flags.given & differing):
-            raise Problem(f"--{clash.pop()} is what the runs of question {number} differ in: leave "
-                          "it out, or run one experiment without --question", status=2)
+            raise Problem(f"--{clash.pop()} is set by the runs of question {number}: leave it out, "
+                          "or run one experiment without --question", status=2)
         shared = {flag: value for flag, value in question.shared.items() if flag not in flags.given}
         plans[number] = {name: flags.replace(**{**shared, **changes})
                          for name, changes, *_ in question.rows}
@@ -930,7 +930,8 @@ def check_outcome(flags, plan, results, failed):
     if failed:
         problem = f"{len(failed)} of the runs failed: {'; '.join(failed)}"
     elif is_main_process() and not results:
-        problem = (f"there is no record of question {', '.join(plan)} with these flags in "
+        asked = f" of question {', '.join(plan)}" * (flags.question != "none")
+        problem = (f"there is no record{asked} with these flags in "
                    f"{results_folder(flags) / 'records'}: run it without --redraw")
     if problem and flags.parallel == "runs" and torchrun_rank()[1] > 1:
         print(problem, file=sys.stderr)  # at an exit code torchrun would end the other processes
@@ -995,7 +996,7 @@ def table_lines(question, results):
                  for key, number in zip(question.columns.values(), report)]
         if versus:
             ours = right_answers(found, "reported", "test")
-            cells.append(points(*difference_of(ours, base)) if (
+            cells.append(points(difference_of(ours, base), ours, base) if (
                 name != question.baseline and ours and base) else "–")
         lines.append(f"| {name} | {' | '.join(cells)} | {len(found)} |")
     epochs = distinct(records, lambda record: record["recipe"]["flags"]["num_epochs"])
@@ -1104,9 +1105,14 @@ def difference_of(a, b, level=0.95, same=False):
     return middle, middle - half, middle + half
 
 
-def points(difference, low, high):
-    """ "+1.2 [+0.4, +2.0]": a difference and its interval."""
-    return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+def points(interval, a, b):
+    """ "+1.2 [+0.4, +2.0]": the difference of two samples and its interval.
+
+    Where only one of them has several seeds, it is that of one seed each, not that of the means.
+    """
+    difference, low, high = interval
+    of_one = " (of one seed each)" * (min(len(a), len(b)) == 1 < max(len(a), len(b)))
+    return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]{of_one}"
 
 
 def verdict_of(holds, fails):
@@ -1116,30 +1122,32 @@ def verdict_of(holds, fails):
 
 def is_better(names, samples):
     """The rule "the first is better than the second"."""
-    difference, low, high = difference_of(*samples, same=names[0] == names[1])
-    return verdict_of(low > 0, high < 0), points(difference, low, high)
+    interval = _, low, high = difference_of(*samples, same=names[0] == names[1])
+    return verdict_of(low > 0, high < 0), points(interval, *samples)
 
 
 def is_best(names, samples):
     """The rule "the first is better than each of the others", with Bonferroni's correction."""
-    intervals = {name: difference_of(samples[0], sample, 1 - 0.05 / (len(samples) - 1))
-                 for name, sample in zip(names[1:], samples[1:])}
+    first, *others = samples
+    intervals = {name: difference_of(first, other, 1 - 0.05 / len(others))
+                 for name, other in zip(names[1:], others)}
     nearest = min(intervals, key=lambda name: intervals[name][0])
-    ours = f"against {nearest} {points(*intervals[nearest])}"
+    other = samples[list(names).index(nearest)]
+    ours = f"against {nearest} {points(intervals[nearest], first, other)}"
     level = [name for name, (_, low, high) in intervals.items() if low <= 0 <= high]
     if any(high < 0 for _, _, high in intervals.values()):
         return "does not hold", ours
     if level:
-        first = "first, but level with " if intervals[nearest][0] > 0 else "level with "
-        return first + ", ".join(level), ours
+        place = "first, but level with " if intervals[nearest][0] > 0 else "level with "
+        return place + ", ".join(level), ours
     return "holds", ours
 
 
 def does_not_gain(names, samples, margin):
     """The rule "the first is not better than the second by more than a margin (points)"."""
-    difference, low, high = difference_of(*samples, same=names[0] == names[1])
+    interval = _, low, high = difference_of(*samples, same=names[0] == names[1])
     return (verdict_of(high < margin, low > margin),
-            f"{points(difference, low, high)}, margin {margin:g}")
+            f"{points(interval, *samples)}, margin {margin:g}")
 
 
 def is_at_chance(names, samples, classes, margin):
@@ -1372,6 +1380,7 @@ def download(mirrors, path, digest):
 
 
 HIDDEN = re.compile(r"(?i)\.|__MACOSX$|Thumbs\.db$|desktop\.ini$").match
+HEIC_ADVICE = "; convert HEIC photos to JPEG first"
 STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # what Pillow knows, but cannot read alone
 
 
@@ -1389,6 +1398,8 @@ def load_image_folder(dataset, size, device):
     if not folder.exists() and (near := difflib.get_close_matches(
             dataset.lower(), ("cifar10", "synthetic"))):
         raise Problem(f"there is no folder {dataset}: did you mean --dataset={near[0]}?")
+    if not folder.is_dir():
+        raise Problem(f"there is no folder {folder}: --dataset is cifar10, synthetic, or a folder")
     train, test = (find_classes(folder / part, least)
                    for part, least in (("train", 2), ("test", 1)))
     if train.keys() != test.keys():
@@ -1414,8 +1425,8 @@ def find_classes(folder, least):
     least: the images that a class needs. Raises Problem.
     """
     if not folder.is_dir():
-        raise Problem(f"there is no folder {folder}: --dataset is cifar10, synthetic, or a folder "
-                      "with train/<class>/* and test/<class>/*")
+        raise Problem(f"there is no folder {folder}: images have to be in train/<class>/ and "
+                      f"test/<class>/ of {folder.parent}")
     places = sorted(path for path in folder.iterdir() if path.is_dir() and not HIDDEN(path.name))
     classes = {place.name: find_images(place) for place in places}
     for name, images in classes.items():
@@ -1451,8 +1462,8 @@ def describe_left_out(*folders):
               for path in sorted({*find_files(folder)} - {*find_images(folder)})]
     suffixes = Counter(path.suffix.lower() or "no suffix" for path in others)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.items())
-    heic = "; convert HEIC photos to JPEG first" * bool({".heic", ".heif"} & suffixes.keys())
-    return f"{len(others)} files that are no images ({kinds}){heic}" if others else ""
+    advice = HEIC_ADVICE * bool({".heic", ".heif"} & suffixes.keys())
+    return f"{len(others)} files that are no images ({kinds}){advice}" if others else ""
 
 
 def order_images(classes):
@@ -1489,7 +1500,8 @@ def read_image(path, size):
                 rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
             return np.asarray(rgb)
     except Exception as problem:  # Pillow's readers raise nearly everything on damaged bytes
-        raise Problem(f"{path} cannot be read as an image: {problem}") from problem
+        advice = HEIC_ADVICE * (path.suffix.lower() in (".heic", ".heif"))
+        raise Problem(f"{path} cannot be read as an image: {problem}{advice}") from problem
 
 
 def to_rgb(image):
@@ -1941,6 +1953,9 @@ def difference(state, run):
         return "is of another form"
 
 
+UNREADABLE = "cannot be read"
+
+
 def set_aside(path, run, seconds=600):
     """Before a new run takes the place of a checkpoint, rename it if anything would be lost: it is
     of another experiment, longer, or more than these seconds of an unfinished run."""
@@ -1950,12 +1965,12 @@ def set_aside(path, run, seconds=600):
         if state["epoch"] < run.flags.num_epochs:
             reason = reason or "is not finished" * (sum(state["history"]["seconds"]) > seconds)
     except (Problem, *MALFORMED):
-        reason = "cannot be read"
+        reason = UNREADABLE
     if reason:
         kept = path.with_name(f"{path.stem}_{sha256(path)[:8]}.ckpt")
         os.replace(path, kept)
-        print(f"{path.name} {reason}: kept as {kept.name}; to go on with that run, rename it back "
-              "and add --resume")
+        advice = "; to go on with that run, rename it back and add --resume"
+        print(f"{path.name} {reason}: kept as {kept.name}{advice * (reason != UNREADABLE)}")
     else:
         print(f"{path.name} is there already and will be replaced; to go on from it, stop now and "
               "add --resume")
@@ -2041,8 +2056,10 @@ def load_checkpoint(path):
                     raise ValueError("a part of it is marked as a folder")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # both raise nearly everything on damaged bytes
-        raise Problem(f"{path} cannot be read as a checkpoint: {sentence_of(problem)}"
-                      ) from problem
+        # PyTorch's own words would advise to run what is in the file
+        reason = ("it is damaged, or no file of PyTorch" if isinstance(
+            problem, (pickle.UnpicklingError, EOFError)) else sentence_of(problem))
+        raise Problem(f"{path} cannot be read as a checkpoint: {reason}") from problem
 
 
 # ========================================= prediction =========================================
@@ -2058,7 +2075,7 @@ def predict(flags, name, build, device, dtype):
     """
     model, mean, std, classes, size = load_trained(flags, name, build, device)
     paths, unreadable = [], 0
-    for path in map(Path, flags.predict):
+    for path in (Path(path).expanduser() for path in flags.predict):
         found = find_images(path) if path.is_dir() else [path]
         left_out = describe_left_out(path)
         if not found:

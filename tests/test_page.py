@@ -163,7 +163,7 @@ def test_one_seed_has_wilsons_interval_and_several_their_deviation(page):
     samples = [utils.right_answers(records["2a", run], "reported", "test")
                for run in ("with batch norm", "without batch norm")]
     assert cells['Test accuracy against "without batch norm"'] == utils.points(
-        *utils.difference_of(*samples))
+        utils.difference_of(*samples), *samples)
     assert [len(sample) for sample in samples] == [3, 3]
     assert cells["Seeds"] == "3"
 

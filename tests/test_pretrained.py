@@ -149,6 +149,14 @@ def test_weights_that_are_not_there_are_named(few, folder, tiny_vgg):
     assert problem.value.status == 1
 
 
+def test_weights_that_are_no_file_of_pytorch_are_named(few, folder, tiny_vgg, tmp_path):
+    """Without PyTorch's advice to run what may be in the file."""
+    for content in (b"import torch\n", b""):
+        (tmp_path / "weights.pth").write_bytes(content)
+        with pytest.raises(utils.Problem, match="it is damaged, or no file of PyTorch$"):
+            ex3_pretrained.main(["--dataset=synthetic", f"--pretrained={tmp_path}/weights.pth"])
+
+
 def test_a_step_of_one_image_is_refused(folder, few, tiny_vgg):
     with pytest.raises(utils.Problem, match="at least 2 images") as problem:
         ex3_pretrained.main(["--dataset=synthetic", "--pretrained=False", "--batch_size=1"])

@@ -78,6 +78,15 @@ def test_what_makes_no_sense_in_a_question_is_refused(question, argument):
     assert problem.value.status == 2
 
 
+@pytest.mark.parametrize(("script", "question", "flag"), [
+    (ex3_convnet, "2b", "earlystop=False"), (ex3_pretrained, "4a", "fine_tune"),
+    (ex3_pretrained, "4b", "fine_tune=False")])
+def test_no_row_of_a_table_is_another_run_than_it_says(script, question, flag):
+    with pytest.raises(utils.Problem, match=f"{flag.split('=')[0]} is set by the runs of question "
+                                            f"{question}: leave it out"):
+        planned(script, f"--question={question}", f"--{flag}")
+
+
 @pytest.mark.parametrize(("seed", "seeds", "expected"), [
     (0, "3", [0, 1, 2]), (5, "2", [5, 6]), (0, "1", [0]), (0, "7,0,5", [7, 0, 5])])
 def test_seeds_are_a_number_or_a_list(seed, seeds, expected):

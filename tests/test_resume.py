@@ -271,7 +271,7 @@ def test_a_checkpoint_that_cannot_be_read_is_kept_by_a_run_that_starts_anew(smal
     ex3_convnet.main(SHORT)
     path = kept(small, LATEST)
     assert path.read_bytes() == b"an older format"
-    assert f"{LATEST} cannot be read: kept as {path.name}" in capsys.readouterr().out
+    assert f"{LATEST} cannot be read: kept as {path.name}\n" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_another_process_renames_meanwhile_is_no_error(

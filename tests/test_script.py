@@ -13,7 +13,7 @@ FILES = {"ex3_convnet.py", "ex3_pretrained.py", "utils.py", "__pycache__"}
     (["--dropout=1.5"], 2, "below 1"),
     (["--nonsense"], 2, "unknown flag --nonsense"),
     (["--dataset=synthetic", "--num_validation=6000"], 2, "5000 training images of synthetic"),
-    (["--dataset=no/such/folder"], 1, "no/such/folder"),
+    (["--dataset=no/such/folder"], 1, "there is no folder no/such/folder: "),
     (["--dataset=CIFAR10"], 1, "did you mean --dataset=cifar10?"),
     (["--dataset=synthetic", "--device=cuda:77"], 2, "cuda:77")])
 def test_an_error_is_one_sentence(folder, monkeypatch, capsys, arguments, status, words):

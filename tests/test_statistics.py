@@ -167,7 +167,7 @@ def test_the_interval_of_the_best_run_is_wider_the_more_it_is_compared_with():
     ((200, 20, 780), "does not hold"), ((10, 10, 180), "undecided"), ((60, 20, 9920), "undecided")])
 def test_nothing_is_gained_if_the_interval_is_below_the_margin(counts, verdict):
     found = utils.does_not_gain("ab", pairs(*counts), margin=0.5)
-    interval = utils.points(*utils.difference_of(*pairs(*counts)))
+    interval = utils.points(utils.difference_of(*pairs(*counts)), *pairs(*counts))
     assert found == (verdict, f"{interval}, margin 0.5")
 
 
@@ -226,6 +226,16 @@ def test_two_states_of_the_same_networks_are_compared_within_each_seed():
     assert (middle, low, high) == pytest.approx((0.6, expected.low, expected.high), abs=1e-3)
     assert utils.is_better(["a", "a"], [latest, best])[0] == "holds"
     assert utils.is_better(["a", "b"], [latest, best])[0] == "undecided"
+
+
+def test_where_one_run_has_a_single_seed_the_difference_is_told_to_be_of_one_seed():
+    """It is not that of the means, which stand beside it."""
+    one, several = sample(80.0), sample(70.0, 90.0)
+    assert utils.is_better("ab", [one, several])[1].endswith("] (of one seed each)")
+    assert utils.is_best("abc", [one, sample(60.0), several])[1].endswith("] (of one seed each)")
+    assert utils.is_best("abc", [several, sample(50.0, 50.1), one])[1].endswith("seed each)")
+    for pair in (one, one), (several, several):
+        assert utils.is_better("ab", pair)[1].endswith("]")
 
 
 def test_a_record_without_predictions_is_left_out_beside_others():
