@@ -159,7 +159,7 @@ def test_one_seed_has_wilsons_interval_and_several_their_deviation(page):
             for run in ("with batch norm", "without batch norm"))
     cells = rows["with batch norm"]
     assert cells["Test accuracy"] == (
-        f"{np.mean(x):.1f} ± {np.std(x, ddof=1):.1f} (81.9, {np.mean(x) - 81.9:+.1f})")
+        f"{np.mean(x):.1f} ± {np.std(x, ddof=1):.1f} (81.9, {round(np.mean(x), 1) - 81.9:+.1f})")
     samples = [utils.right_answers(records["2a", run], "reported", "test")
                for run in ("with batch norm", "without batch norm")]
     assert cells['Test accuracy against "without batch norm"'] == utils.points(
