@@ -1380,6 +1380,7 @@ def download(mirrors, path, digest):
 
 
 HIDDEN = re.compile(r"(?i)\.|__MACOSX$|Thumbs\.db$|desktop\.ini$").match
+HEIC = {".heic", ".heif"}  # as phones save photos
 HEIC_ADVICE = "; convert HEIC photos to JPEG first"
 STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # what Pillow knows, but cannot read alone
 
@@ -1451,18 +1452,24 @@ def find_files(folder):
 
 def find_images(folder):
     """The images in a folder and those below, sorted."""
-    readable = {suffix for suffix, name in Image.registered_extensions().items()
-                if name in Image.OPEN.keys() - STUBS}
+    readable = readable_suffixes()
     return [path for path in find_files(folder) if path.suffix.lower() in readable]
+
+
+def readable_suffixes():
+    """The suffixes of the images that Pillow reads."""
+    return {suffix for suffix, name in Image.registered_extensions().items()
+            if name in Image.OPEN.keys() - STUBS}
 
 
 def describe_left_out(*folders):
     """What is said of the files in these folders that are no images; "" if there are none."""
-    others = [path for folder in folders
-              for path in sorted({*find_files(folder)} - {*find_images(folder)})]
+    readable = readable_suffixes()
+    others = [path for folder in folders for path in find_files(folder)
+              if path.suffix.lower() not in readable]
     suffixes = Counter(path.suffix.lower() or "no suffix" for path in others)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.items())
-    advice = HEIC_ADVICE * bool({".heic", ".heif"} & suffixes.keys())
+    advice = HEIC_ADVICE * bool(HEIC & suffixes.keys())
     return f"{len(others)} files that are no images ({kinds}){advice}" if others else ""
 
 
@@ -1500,7 +1507,7 @@ def read_image(path, size):
                 rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
             return np.asarray(rgb)
     except Exception as problem:  # Pillow's readers raise nearly everything on damaged bytes
-        advice = HEIC_ADVICE * (path.suffix.lower() in (".heic", ".heif"))
+        advice = HEIC_ADVICE * (path.suffix.lower() in HEIC)
         raise Problem(f"{path} cannot be read as an image: {problem}{advice}") from problem
 
 
