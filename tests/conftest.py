@@ -55,6 +55,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """All tests but those of the GPU are on the CPU, where there is a GPU, too."""
+    if request.module.__name__ != "test_gpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for other processes
+
+
 @pytest.fixture(scope="session")
 def synthetic():
     """The synthetic data set as the convnet gets it."""
