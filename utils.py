@@ -1407,7 +1407,7 @@ def load_image_folder(dataset, size, device):
         raise Problem(f"the classes in train and test of {folder} differ: "
                       f"{', '.join(sorted(train.keys() ^ test.keys()))} is in only one of them")
     if left_out := describe_left_out(folder / "train", folder / "test"):
-        print(f"Left out: {left_out}")
+        print(f"Left out as no images: {left_out}")
     train, num_val = order_images(train)
     test, _ = order_images(test)
     check_memory(len(train) + len(test), size, device)
@@ -1433,12 +1433,12 @@ def find_classes(folder, least):
     for name, images in classes.items():
         if len(images) < least:
             left_out = describe_left_out(folder / name)
-            raise Problem(f"the class {folder / name} has {len(images)} images, and needs at least "
-                          f"{least}: add some, or delete the folder"
-                          + f" (left out: {left_out})" * bool(left_out))
+            raise Problem(f"too few images in the class {folder / name}: {len(images)}, and it "
+                          f"needs at least {least}: add some, or delete the folder"
+                          + f" (left out as no images: {left_out})" * bool(left_out))
     if len(classes) < 2:
-        raise Problem(f"{folder} has {len(classes)} classes, and needs at least two: one folder of "
-                      "images for each class")
+        raise Problem(f"too few classes in {folder}: {len(classes)}, and it needs at least two: "
+                      "one folder of images for each class")
     return classes
 
 
@@ -1463,14 +1463,13 @@ def readable_suffixes():
 
 
 def describe_left_out(*folders):
-    """What is said of the files in these folders that are no images; "" if there are none."""
+    """How many files in these folders are no images, by suffix; "" if there are none."""
     readable = readable_suffixes()
     others = [path for folder in folders for path in find_files(folder)
               if path.suffix.lower() not in readable]
-    suffixes = Counter(path.suffix.lower() or "no suffix" for path in others)
+    suffixes = Counter(path.suffix.lower() or "without suffix" for path in others)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.items())
-    advice = HEIC_ADVICE * bool(HEIC & suffixes.keys())
-    return f"{len(others)} files that are no images ({kinds}){advice}" if others else ""
+    return kinds + HEIC_ADVICE * bool(HEIC & suffixes.keys())
 
 
 def order_images(classes):
@@ -2087,9 +2086,9 @@ def predict(flags, name, build, device, dtype):
         left_out = describe_left_out(path)
         if not found:
             raise Problem(f"there is no image in {path}"
-                          + f" (left out: {left_out})" * bool(left_out))
+                          + f" (left out as no images: {left_out})" * bool(left_out))
         if left_out:
-            print(f"Left out: {left_out}", file=sys.stderr)
+            print(f"Left out as no images: {left_out}", file=sys.stderr)
         paths += found
     for path in paths:
         try:

@@ -259,20 +259,20 @@ def test_hidden_files_are_not_read_and_others_named(tmp_path, capsys):
     data = load(tmp_path)
     assert (data.classes, len(data.images)) == (["cat", "dog"], 8)
     line, = capsys.readouterr().out.splitlines()
-    assert line.startswith("Left out: 3 files that are no images (")
-    for word in ("1 .txt", "1 .heic", "1 no suffix", "convert HEIC photos to JPEG first"):
+    assert line.startswith("Left out as no images: ")
+    for word in ("1 .txt", "1 .heic", "1 without suffix", "convert HEIC photos to JPEG first"):
         assert word in line
 
 
 def test_one_class_is_too_few(tmp_path):
     make_folder(tmp_path, cat=["a.png", "b.png"])
-    with pytest.raises(utils.Problem, match="train has 1 classes, and needs at least two"):
+    with pytest.raises(utils.Problem, match="train: 1, and it needs at least two"):
         load(tmp_path)
 
 
 def test_a_class_needs_an_image_to_train_and_one_to_validate(tmp_path):
     make_folder(tmp_path, cat=["a.png", "b.png"], dog=["a.png"])
-    with pytest.raises(utils.Problem, match="dog has 1 images, and needs at least 2"):
+    with pytest.raises(utils.Problem, match="dog: 1, and it needs at least 2"):
         load(tmp_path)
 
 

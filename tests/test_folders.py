@@ -91,8 +91,7 @@ def test_what_is_left_out_of_a_folder_to_classify_is_told(trained, photos):
         (photos / "train/cat" / name).touch()
     status, lines, errors = trained(photos / "train/cat")
     assert (status, len(lines)) == (None, 3)
-    assert errors == ["Left out: 3 files that are no images (2 .heic, 1 .txt); convert HEIC "
-                      "photos to JPEG first"]
+    assert errors == ["Left out as no images: 2 .heic, 1 .txt; convert HEIC photos to JPEG first"]
 
 
 def test_a_folder_to_classify_that_holds_only_heic_says_what_to_do(trained, photos):
@@ -101,8 +100,7 @@ def test_a_folder_to_classify_that_holds_only_heic_says_what_to_do(trained, phot
         utils.shutil.rmtree(photos / part)
     status, lines, (error,) = trained(photos)
     assert (status, lines) == (1, [])
-    assert f"there is no image in {photos} (left out: 1 files" in error
-    assert "convert HEIC photos to JPEG first" in error
+    assert f"there is no image in {photos} (left out as no images: 1 .heic; convert" in error
 
 
 def test_classifying_goes_on_past_what_cannot_be_read_and_ends_with_1(trained, photos):
@@ -118,14 +116,14 @@ def test_classifying_goes_on_past_what_cannot_be_read_and_ends_with_1(trained, p
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda cat, dog: utils.shutil.rmtree(dog), "train has 1 classes, and needs at least two"),
+    (lambda cat, dog: utils.shutil.rmtree(dog), "train: 1, and it needs at least two"),
     (lambda cat, dog: [path.unlink() for path in dog.iterdir()],
-     "dog has 0 images, and needs at least 2: add some, or delete the folder\n"),
+     "dog: 0, and it needs at least 2: add some, or delete the folder\n"),
     (lambda cat, dog: [path.unlink() for path in list(dog.iterdir())[1:]],
-     "dog has 1 images, and needs at least 2: add some, or delete the folder\n"),
+     "dog: 1, and it needs at least 2: add some, or delete the folder\n"),
     (lambda cat, dog: [path.rename(path.with_suffix(".HEIC")) for path in list(dog.iterdir())],
-     "dog has 0 images, and needs at least 2: add some, or delete the folder (left out: 3 files "
-     "that are no images (3 .heic); convert HEIC photos to JPEG first)\n")])
+     "dog: 0, and it needs at least 2: add some, or delete the folder (left out as no images: "
+     "3 .heic; convert HEIC photos to JPEG first)\n")])
 def test_too_few_classes_or_images_are_one_sentence(photos, capsys, change, words):
     change(photos / "train/cat", photos / "train/dog")
     with pytest.raises(SystemExit) as end:
