@@ -134,10 +134,12 @@ def train(run, data):
     utils.place(model, device, flags.channels_last, flags.compile)
     optimizer, scheduler = make_optimizer(model, flags)
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
+    # with --resume they get the state of the interrupted run
     run.begin(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     network = utils.distribute(model)
 
     for epoch in range(run.epoch + 1, flags.num_epochs + 1):
+        # before the epoch, so that a resumed run stops, too
         if flags.earlystop and run.epoch - run.best_epoch >= flags.patience:
             print(f"Early stop: no better epoch than {run.best_epoch} for {flags.patience} epochs")
             break
@@ -350,7 +352,7 @@ def plot_early_stopping(results, path, show=False):
         utils.mark_epochs(axis, [len(record["history"]["val_accuracy"]) for record in records],
                           "stop", color="black", linewidth=1)
         axis.set_title(name)
-        axis.legend(loc="lower right")
+        axis.legend(loc="lower right", framealpha=1)
     utils.set_title(figure, "ConvNet with early stopping\n"
                     + utils.caption(sum(results.values(), [])))
     utils.save_figure(figure, path, show)
@@ -366,20 +368,18 @@ def panels(figure, count, columns=3):
 
 
 def plot_techniques(results, path, show=False):
-    """Figure 6: the learning curves of each augmentation technique, with its best accuracy."""
+    """Figure 6: the learning curves of each technique, with its validation accuracy of Table 3."""
     figure = plt.figure(figsize=(10, 8), layout="constrained")
     handles = {}
     for axis, (name, records) in zip(panels(figure, len(results)), results.items()):
         utils.draw_curves(axis, records, "accuracy", ("train", "val", "augmented"))
         handles |= {label: line for line, label in zip(*axis.get_legend_handles_labels())}
-        best = np.mean([max(record["history"]["val_accuracy"]) for record in records])
-        low, high = utils.wilson(best, records[0]["recipe"]["data"]["val"])
-        axis.set_title(f"{name}: best {100 * best:.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
-                       fontsize=10)
+        accuracy = utils.table_cell(records, "val_accuracy", None)
+        axis.set_title(f"{name}: {accuracy} %", fontsize=10)
         axis.label_outer()
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
-    utils.set_title(figure, "Accuracy with each augmentation technique (best clean validation "
-                    f"accuracy, 95 % interval)\n{utils.caption(sum(results.values(), []))}")
+    utils.set_title(figure, "The augmentation techniques, and their accuracy on plain validation "
+                    f"images as in Table 3\n{utils.caption(sum(results.values(), []))}")
     utils.save_figure(figure, path, show)
 
 

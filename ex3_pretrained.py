@@ -288,10 +288,12 @@ def train(run, data):
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
     if model.fixed and flags.augmentation in ("none", "horizontal_flip"):
         data = extract_features(model, data, run.dtype, flags.augmentation == "horizontal_flip")
+    # with --resume they get the state of the interrupted run
     run.begin(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     network = utils.distribute(model)
 
     for epoch in range(run.epoch + 1, flags.num_epochs + 1):
+        # before the epoch, so that a resumed run stops, too
         if flags.earlystop and run.epoch - run.best_epoch >= flags.patience:
             print(f"Early stop: no better epoch than {run.best_epoch} for {flags.patience} epochs")
             break

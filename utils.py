@@ -1,7 +1,13 @@
 """What ex3_convnet.py and ex3_pretrained.py share.
 
-First the front rooms, in the order in which a reader asks: flags, data, augmentation, training,
-weights and curves, tables. Then the back rooms, which one only visits.
+First the front rooms, in the order in which a reader asks: data, augmentation, training, weights
+and curves, tables, claims. Then the back rooms, which one only visits. Five words return:
+
+flags: the settings at the top of a script, as the command line has changed them
+run: one experiment, which the flags describe; a question of the report has several
+recipe: all that decides what a run computes but its seed, so that two runs can be told apart
+record: what a finished run leaves, in a file: recipe, seed, result, history, predictions
+result: the numbers of a record that the tables show
 """
 
 import argparse
@@ -65,172 +71,6 @@ except ImportError:  # Windows has no such module
     resource = None
 
 FOLDER = Path(__file__).resolve().parent  # datasets/, figures/ and the checkpoints are in it
-
-# ============================================ flags ============================================
-# The settings of a script stand between its first heading "# --- group ---" and its last,
-# "# --- end of settings ---": name: type = value  # comment. Each is a flag, and nothing else is.
-
-HEADING = re.compile(r"# --- (.+?) -+$")
-LAST_HEADING = "end of settings"
-WHERE_AND_HOW = "where and how to run"  # the group that does not change what is computed
-
-READERS = {  # type: its value from a text
-    "None": {"None": None}.__getitem__,
-    "bool": {"True": True, "true": True, "1": True,
-             "False": False, "false": False, "0": False}.__getitem__,
-    "int": int, "float": float, "str": str, "list": str}
-
-LIMITS = {  # flag: its possible names, or what is possible in words and as a test
-    "monitor": ("accuracy", "loss"),
-    "frozen_norm": ("eval", "train"),
-    "precision": ("auto", "float32", "bfloat16", "float16"),
-    "parallel": ("images", "runs"),
-    "dropout": ("at least 0 and below 1", lambda value: 0 <= value < 1),
-    "reg": ("at least 0", lambda value: 0 <= value < math.inf),
-    "learning_rate": ("above 0", lambda value: 0 < value < math.inf),
-    "learning_rate_decay": ("above 0 and at most 1", lambda value: 0 < value <= 1),
-    "image_size": ("32 to 1024", lambda value: 32 <= value <= 1024),
-    "seed": ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32),
-    **dict.fromkeys(["patience", "num_epochs", "batch_size"],
-                    ("at least 1", lambda value: value >= 1)),
-    **dict.fromkeys(["num_training", "num_validation"],
-                    ("at least 1, or None", lambda value: value is None or value >= 1)),
-    "seeds": ("a number of seeds such as 3, or a list such as 0,5,7",
-              re.compile(r"[1-9]\d{0,3}|\d{1,9}(,\d{1,9})+").fullmatch),
-    "device": ("auto, cpu or cuda[:N]", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
-}
-
-
-class Flags(argparse.Namespace):
-    """The settings of a run, and two sets of their names: `given` on the command line, and
-    `where_and_how`, which do not change what is computed."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):  # asked for by copy and pickle
-            raise AttributeError(name)
-        raise Problem(f"the setting {name} is missing at the top of the script: put it back",
-                      status=2)
-
-    def replace(self, **changes):
-        """The same flags with other values."""
-        return Flags(**{**vars(self), **changes})
-
-    def what(self):
-        """The settings that decide what is computed, as a dict; of a path, only its end."""
-        return {name: Path(value).name if isinstance(value, str) else value
-                for name, value in vars(self).items() if name not in self.where_and_how}
-
-
-def parse_flags(script, argv=None):
-    """The settings of a script, each overridden by the flag of the same name if that is given.
-
-    script: the globals() of the script. --help is made of the lines of its settings, so a comment
-    stands once, and a default is the value as the user last edited it.
-    argv: the command line without the program's name; None: the real one, where the script is run
-    (a notebook that imports it has a command line of its own).
-    Returns Flags. Raises Problem (status 2) for a wrong flag, value or setting.
-    """
-    parser = FlagParser(
-        prog=Path(script["__file__"]).name, description=script["__doc__"], allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
-        conflict_handler="resolve")  # of two lines with one name the last counts, as in Python
-    names = (f"none, or names joined by +: {', '.join(AUGMENTATIONS)}",
-             lambda text: text == "none" or set(text.split("+")) <= set(AUGMENTATIONS))
-    limits = {**LIMITS, "augmentation": names,
-              "question": ("none", *script.get("QUESTIONS", ()), "all")}
-    defaults, groups, where_and_how = {}, {}, {"given", "where_and_how", "seed", "precision"}
-    for group, line, name, types, comment in read_settings(script):
-        value, is_list = script[name], "list" in types
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        alone = {"nargs": "?", "const": True} if "bool" in types else {}  # --name without a value
-        groups[group].add_argument(
-            f"--{name}", metavar="|".join(types).upper(), **{"nargs": "+"} if is_list else alone,
-            type=partial(parse_value, types, limits.get(name)),
-            help=f"{comment} (default: {value})".replace("%", "%%"))
-        parser.line = line  # a default is checked as if it stood on the command line
-        texts = map(str, value if isinstance(value, (list, tuple)) and is_list else [value])
-        defaults[name] = [] if is_list and not value else getattr(
-            parser.parse_args([f"--{name}", *texts]), name)
-        where_and_how |= {name} if group == WHERE_AND_HOW else set()
-    parser.line = ""
-    if argv is None:
-        argv = sys.argv[1:] if script.get("__name__") == "__main__" else []
-    given = vars(parser.parse_args(argv))
-    return Flags(**{**defaults, **given}, given=set(given), where_and_how=where_and_how)
-
-
-def read_settings(script):
-    """The settings in the source of a script: (group, its line, name, types, comment) of each.
-
-    Raises Problem (status 2) for a line that is no setting, and for one that is commented out.
-    """
-    path = Path(script["__file__"])
-    source = path.read_text(encoding="utf-8")
-    lines = source.splitlines()
-    headings = {i: match[1] for i, line in enumerate(lines) if (match := HEADING.match(line))}
-    for heading in (WHERE_AND_HOW, LAST_HEADING):
-        if heading not in headings.values():
-            raise Problem(f"{path.name} has no line \"# --- {heading} ---\": put it back",
-                          status=2)
-    for i in range(min(headings), max(headings)):
-        hidden = re.match(r"#\s*([a-z]\w*)\s*(:[^=#]*)?=[^=]", lines[i])
-        if hidden and hidden[1] not in script and f"flags.{hidden[1]}" in source:
-            raise Problem(f"line {i + 1} of {path.name}: the setting {hidden[1]} is commented out: "
-                          "put it back", status=2)
-    for node in ast.parse(source).body:
-        group = ([None] + [title for i, title in headings.items() if i < node.lineno])[-1]
-        if group in (None, LAST_HEADING) or not isinstance(node, (ast.Assign, ast.AnnAssign)):
-            continue
-        line = f"line {node.lineno} of {path.name}: "
-        name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
-        if name not in script or not isinstance(node, ast.AnnAssign):
-            raise Problem(f"{line}{name} has no type, or no value: write {name}: type = value, as "
-                          "in batch_size: int = 200", status=2)
-        types = ast.unparse(node.annotation).split(" | ")
-        if unknown := set(types) - set(READERS):
-            raise Problem(f"{line}{name} has the unknown type {unknown.pop()}: the types are "
-                          f"{', '.join(READERS)}, several joined by |", status=2)
-        comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip(" #")
-        yield group, line, name, types, comment
-
-
-class FlagParser(argparse.ArgumentParser):
-    """argparse, with one sentence for a wrong flag instead of a page of usage."""
-
-    line = ""  # of the source, while its value is checked
-
-    def error(self, message):
-        if unknown := re.match(r"unrecognized arguments: ([^ =]+)", message):
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            message = f"unknown flag {unknown[1]}" + (f", did you mean {near[0]}?" if near else "")
-        raise Problem(f"{self.line}{message.removeprefix('argument ')} (--help lists the flags)",
-                      status=2)
-
-
-def parse_value(types, limit, text):
-    """The value of a flag from its text.
-
-    types: names in READERS, of which the first that fits is taken; limit: its entry in LIMITS.
-    Raises argparse.ArgumentTypeError, which argparse turns into its error message.
-    """
-    if not text:
-        raise argparse.ArgumentTypeError("the value is empty")
-    for kind in types:
-        with contextlib.suppress(KeyError, ValueError):
-            value = READERS[kind](text)
-            break
-    else:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of type {' or '.join(types)}")
-    if limit:
-        words, possible = limit if callable(limit[-1]) else (" or ".join(limit), limit.__contains__)
-        fits = False
-        with contextlib.suppress(TypeError):  # of another type, which an edit has given to it
-            fits = possible(value)
-        if not fits:
-            raise argparse.ArgumentTypeError(f"{text!r} is not possible, it has to be {words}")
-    return value
-
 
 # ============================================= data =============================================
 
@@ -517,14 +357,15 @@ def train_one_epoch(model, data, batches, augment, optimizer, scaler, dtype, bar
         images, labels = local_shard(*data.batch(indices, augment))
         with autocast(device, dtype):
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        mean_loss = loss * world_size() / len(indices)  # DDP takes the mean over the processes
+        batch_loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        # DDP takes the mean over the processes, each of which has a part of the batch
+        mean_loss = batch_loss * world_size() / len(indices)
         optimizer.zero_grad()
         scaler.scale(mean_loss).backward()
         scaler.step(optimizer)
         scaler.update()
 
-        loss_sum += loss.detach()
+        loss_sum += batch_loss.detach()
         correct += (logits.argmax(dim=1) == labels).sum()
         seen += len(labels)
         if bar.update(len(indices)):  # true when it was drawn: at most twice a second, not in a log
@@ -1000,11 +841,13 @@ def table_lines(question, results):
                 name != question.baseline and ours and base) else "–")
         lines.append(f"| {name} | {' | '.join(cells)} | {len(found)} |")
     epochs = distinct(records, lambda record: record["recipe"]["flags"]["num_epochs"])
+    weights = {flags["pretrained"] for record in records  # True: the report's own
+               if isinstance((flags := record["recipe"]["flags"]).get("pretrained"), str)}
     heading = (f"**{question.title}** on {caption(records)}, {' or '.join(map(str, epochs))} "
-               "epochs at most")
+               "epochs at most" + f", pretrained: {' or '.join(sorted(weights))}" * bool(weights))
     legend = "Ours" + " (the report's, of 49,000 training images; the difference)" * compared + (
         "; accuracies in %, of several seeds their mean ± standard deviation. In brackets 95 % "
-        "intervals: of one accuracy Wilson's")
+        "intervals: of one accuracy Wilson's (optimistic where it chose the epoch)")
     if versus and any("[" in line.split("|")[-3] for line in lines):
         legend += ("; of a difference (points) paired over the test images, which speaks for these "
                    "two trained networks only, or with two seeds or more each Welch's over the "
@@ -1085,9 +928,10 @@ def t_quantile(p, degrees):
 def difference_of(a, b, level=0.95, same=False):
     """The difference of two accuracies in points, and its interval: (difference, low, high).
 
-    a, b: samples. With one seed each they are paired, image by image (Dietterich 1998): that speaks
-    for these two trained networks. With more it is Welch's t of the seeds' accuracies, or if both
-    are of the same networks (same), the t of their differences.
+    a, b: samples. Where one of them has a single seed, one seed each is paired, image by image
+    (Dietterich 1998): that speaks for these two trained networks. With two seeds or more each it is
+    Welch's t of the seeds' accuracies, or if both are of the same networks (same), the t of their
+    differences.
     """
     if min(len(a), len(b)) > 1:
         x, y = ([100 * right.mean() for right in sample.values()] for sample in (a, b))
@@ -1171,8 +1015,11 @@ def claims_table(claims, questions, results):
         lines.append(f"| {claim.question} | {claim.claim} | {claim.report} | {ours} "
                      f"| **{verdict}** |")
     return [*lines, "", "Ours: how much the first is ahead (points of accuracy), and the 95 % "
-            "interval. It holds or not if the whole interval says so, else it is undecided. Not "
-            "measured: a run is missing; predictions not recorded: its record is an older one."]
+            "interval: with one seed each paired over the images, which speaks for these two "
+            "trained networks only, else Welch's over the seeds; of several differences all "
+            "together (Bonferroni). A claim holds or not if the whole interval says so, else it "
+            "is undecided, or *level with* those whose interval contains 0. Not measured: a run "
+            "is missing; predictions not recorded: its record is an older one."]
 
 
 def write_page(script, flags, questions, claims, experiment, data=None):
@@ -1254,6 +1101,172 @@ def write_csv(records, path):
 # ################################################################################################
 # The back rooms: what a reader of the training only visits.
 # ################################################################################################
+
+# ============================================ flags ============================================
+# The settings of a script stand between its first heading "# --- group ---" and its last,
+# "# --- end of settings ---": name: type = value  # comment. Each is a flag, and nothing else is.
+
+HEADING = re.compile(r"# --- (.+?) -+$")
+LAST_HEADING = "end of settings"
+WHERE_AND_HOW = "where and how to run"  # the group that does not change what is computed
+
+READERS = {  # type: its value from a text
+    "None": {"None": None}.__getitem__,
+    "bool": {"True": True, "true": True, "1": True,
+             "False": False, "false": False, "0": False}.__getitem__,
+    "int": int, "float": float, "str": str, "list": str}
+
+LIMITS = {  # flag: its possible names, or what is possible in words and as a test
+    "monitor": ("accuracy", "loss"),
+    "frozen_norm": ("eval", "train"),
+    "precision": ("auto", "float32", "bfloat16", "float16"),
+    "parallel": ("images", "runs"),
+    "dropout": ("at least 0 and below 1", lambda value: 0 <= value < 1),
+    "reg": ("at least 0", lambda value: 0 <= value < math.inf),
+    "learning_rate": ("above 0", lambda value: 0 < value < math.inf),
+    "learning_rate_decay": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "image_size": ("32 to 1024", lambda value: 32 <= value <= 1024),
+    "seed": ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32),
+    **dict.fromkeys(["patience", "num_epochs", "batch_size"],
+                    ("at least 1", lambda value: value >= 1)),
+    **dict.fromkeys(["num_training", "num_validation"],
+                    ("at least 1, or None", lambda value: value is None or value >= 1)),
+    "seeds": ("a number of seeds such as 3, or a list such as 0,5,7",
+              re.compile(r"[1-9]\d{0,3}|\d{1,9}(,\d{1,9})+").fullmatch),
+    "device": ("auto, cpu or cuda[:N]", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
+}
+
+
+class Flags(argparse.Namespace):
+    """The settings of a run, and two sets of their names: `given` on the command line, and
+    `where_and_how`, which do not change what is computed."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # asked for by copy and pickle
+            raise AttributeError(name)
+        raise Problem(f"the setting {name} is missing at the top of the script: put it back",
+                      status=2)
+
+    def replace(self, **changes):
+        """The same flags with other values."""
+        return Flags(**{**vars(self), **changes})
+
+    def what(self):
+        """The settings that decide what is computed, as a dict; of a path, only its end."""
+        return {name: Path(value).name if isinstance(value, str) else value
+                for name, value in vars(self).items() if name not in self.where_and_how}
+
+
+def parse_flags(script, argv=None):
+    """The settings of a script, each overridden by the flag of the same name if that is given.
+
+    script: the globals() of the script. --help is made of the lines of its settings, so a comment
+    stands once, and a default is the value as the user last edited it.
+    argv: the command line without the program's name; None: the real one, where the script is run
+    (a notebook that imports it has a command line of its own).
+    Returns Flags. Raises Problem (status 2) for a wrong flag, value or setting.
+    """
+    parser = FlagParser(
+        prog=Path(script["__file__"]).name, description=script["__doc__"], allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        conflict_handler="resolve")  # of two lines with one name the last counts, as in Python
+    names = (f"none, or names joined by +: {', '.join(AUGMENTATIONS)}",
+             lambda text: text == "none" or set(text.split("+")) <= set(AUGMENTATIONS))
+    limits = {**LIMITS, "augmentation": names,
+              "question": ("none", *script.get("QUESTIONS", ()), "all")}
+    defaults, groups, where_and_how = {}, {}, {"given", "where_and_how", "seed", "precision"}
+    for group, line, name, types, comment in read_settings(script):
+        value, is_list = script[name], "list" in types
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        alone = {"nargs": "?", "const": True} if "bool" in types else {}  # --name without a value
+        groups[group].add_argument(
+            f"--{name}", metavar="|".join(types).upper(), **{"nargs": "+"} if is_list else alone,
+            type=partial(parse_value, types, limits.get(name)),
+            help=f"{comment} (default: {value})".replace("%", "%%"))
+        parser.line = line  # a default is checked as if it stood on the command line
+        texts = map(str, value if isinstance(value, (list, tuple)) and is_list else [value])
+        defaults[name] = [] if is_list and not value else getattr(
+            parser.parse_args([f"--{name}", *texts]), name)
+        where_and_how |= {name} if group == WHERE_AND_HOW else set()
+    parser.line = ""
+    if argv is None:
+        argv = sys.argv[1:] if script.get("__name__") == "__main__" else []
+    given = vars(parser.parse_args(argv))
+    return Flags(**{**defaults, **given}, given=set(given), where_and_how=where_and_how)
+
+
+def read_settings(script):
+    """The settings in the source of a script: (group, its line, name, types, comment) of each.
+
+    Raises Problem (status 2) for a line that is no setting, and for one that is commented out.
+    """
+    path = Path(script["__file__"])
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    headings = {i: match[1] for i, line in enumerate(lines) if (match := HEADING.match(line))}
+    for heading in (WHERE_AND_HOW, LAST_HEADING):
+        if heading not in headings.values():
+            raise Problem(f"{path.name} has no line \"# --- {heading} ---\": put it back",
+                          status=2)
+    for i in range(min(headings), max(headings)):
+        hidden = re.match(r"#\s*([a-z]\w*)\s*(:[^=#]*)?=[^=]", lines[i])
+        if hidden and hidden[1] not in script and f"flags.{hidden[1]}" in source:
+            raise Problem(f"line {i + 1} of {path.name}: the setting {hidden[1]} is commented out: "
+                          "put it back", status=2)
+    for node in ast.parse(source).body:
+        group = ([None] + [title for i, title in headings.items() if i < node.lineno])[-1]
+        if group in (None, LAST_HEADING) or not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            continue
+        line = f"line {node.lineno} of {path.name}: "
+        name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
+        if name not in script or not isinstance(node, ast.AnnAssign):
+            raise Problem(f"{line}{name} has no type, or no value: write {name}: type = value, as "
+                          "in batch_size: int = 200", status=2)
+        types = ast.unparse(node.annotation).split(" | ")
+        if unknown := set(types) - set(READERS):
+            raise Problem(f"{line}{name} has the unknown type {unknown.pop()}: the types are "
+                          f"{', '.join(READERS)}, several joined by |", status=2)
+        comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip(" #")
+        yield group, line, name, types, comment
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse, with one sentence for a wrong flag instead of a page of usage."""
+
+    line = ""  # of the source, while its value is checked
+
+    def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: ([^ =]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            message = f"unknown flag {unknown[1]}" + (f", did you mean {near[0]}?" if near else "")
+        raise Problem(f"{self.line}{message.removeprefix('argument ')} (--help lists the flags)",
+                      status=2)
+
+
+def parse_value(types, limit, text):
+    """The value of a flag from its text.
+
+    types: names in READERS, of which the first that fits is taken; limit: its entry in LIMITS.
+    Raises argparse.ArgumentTypeError, which argparse turns into its error message.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty")
+    for kind in types:
+        with contextlib.suppress(KeyError, ValueError):
+            value = READERS[kind](text)
+            break
+    else:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of type {' or '.join(types)}")
+    if limit:
+        words, possible = limit if callable(limit[-1]) else (" or ".join(limit), limit.__contains__)
+        fits = False
+        with contextlib.suppress(TypeError):  # of another type, which an edit has given to it
+            fits = possible(value)
+        if not fits:
+            raise argparse.ArgumentTypeError(f"{text!r} is not possible, it has to be {words}")
+    return value
+
 
 # ======================================= reading CIFAR-10 =======================================
 
