@@ -206,7 +206,7 @@ class FeatureData(utils.Data):
         """The features (B, 512) of the images, mirrored where `augment` would, and the labels."""
         mirrored = 0
         if augment:  # it flips a picture of two pixels, which shows what it would do to the image
-            pixels = torch.tensor([0.0, 1.0], device=indices.device)
+            pixels = torch.arange(2.0, device=indices.device)
             mirrored = augment(pixels.expand(len(indices), 1, 1, 2))[:, 0, 0, 0].long()
         return self.features[mirrored, indices], self.labels[indices]
 

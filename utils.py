@@ -142,11 +142,11 @@ def load_data(dataset, image_size, num_training, num_validation, mean, std, devi
                       f"than the {total} training images of {name}: choose a smaller "
                       "--num_training or --num_validation", status=2)
 
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
-    if images.shape[-1] != image_size:
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    if images.shape[-1] != image_size:  # on the CPU: on a GPU it would take five times the memory
         check_memory(len(images), image_size, device)
         images = resize(images, [image_size, image_size], antialias=True)
-    images = images.contiguous(memory_format=memory_format(channels_last))
+    images = images.to(device).contiguous(memory_format=memory_format(channels_last))
     position = torch.arange(len(images), device=device)
     return Data(
         name, classes, images, torch.from_numpy(labels).to(device),
@@ -170,7 +170,8 @@ def shuffled_batches(indices, batch_size, generator):
 
     Batch norm needs two images, and with several processes each of them does.
     """
-    order = torch.randperm(len(indices), generator=generator).to(indices.device)
+    order = torch.randperm(len(indices), generator=generator)
+    order = order.to(indices.device, non_blocking=True)
     batches = list(indices[order].split(batch_size))
     least = 2 * world_size()
     if batch_size >= least and len(batches) > 1 and len(batches[-1]) < least:
@@ -277,7 +278,8 @@ def adjust_hue(images, shift):
     safe = chroma.clamp(min=1e-12)
     hue = torch.where(value == red, (green - blue) / safe, torch.where(
         value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
-    sixths = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    # 5, 3, 1: no list, as to copy one to a GPU is to wait for it
+    sixths = torch.arange(5.0, 0.0, -2.0, device=images.device).view(1, 3, 1, 1)
     k = (sixths + hue + 6 * shift) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -1647,6 +1649,12 @@ class Run:
             for name, part in self.parts.items():
                 if name != "scaler" or state[name]:  # else it was off
                     part.load_state_dict(state[name])
+            # the optimizer's numbers keep the layout in memory of the file; a fused Adam would take
+            # them for those of other weights, where the weights now have another one
+            for parameter, numbers in self.parts["optimizer"].state.items():
+                for name, value in numbers.items():
+                    if value.shape == parameter.shape:
+                        numbers[name] = torch.empty_like(parameter).copy_(value)
         except MALFORMED as problem:
             raise Problem(f"{self.latest.name} does not fit this run ({problem}): start anew "
                           "without --resume") from problem
@@ -2166,8 +2174,9 @@ def init_distributed(parallel, device):
     """
     if parallel == "runs" or torchrun_rank()[1] == 1:
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and device.index != int(os.environ.get("LOCAL_RANK", 0)):
+        raise Problem(f"--device={device} is one GPU, and each process needs its own: give "
+                      "--device=cuda", status=2)
     # a process that dies ends them all at once, by torchrun; the time-out is for a long download
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     if rank():
@@ -2242,8 +2251,11 @@ def choose_device(device, precision, deterministic=False):
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise Problem(f"--device={device} is not there: PyTorch sees {torch.cuda.device_count()} "
                       "CUDA devices on this machine; --device=cpu always works", status=2)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     tune_malloc()
     torch.backends.cudnn.benchmark = not deterministic  # try which convolutions are the fastest
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what it says; bfloat16 is faster than both
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older releases ask for it
     torch.use_deterministic_algorithms(deterministic and device.type == "cuda")
     return device, native_dtypes(device)[0] if precision == "auto" else getattr(torch, precision)
@@ -2298,9 +2310,11 @@ def place(model, device, channels_last=True, compiled=False):
     model.to(device, memory_format=memory_format(channels_last))
     if not compiled:
         return
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):
-        raise Problem("--compile needs a C++ compiler such as g++ on a CPU: install one, or leave "
+    compilers = ("g++", "c++", "clang++", "cl") if device.type == "cpu" else ("gcc", "clang", "cl")
+    if not any(map(shutil.which, compilers)):
+        raise Problem(f"--compile needs a compiler such as {compilers[0]}: install one, or leave "
                       "it out", status=2)
+    torch.compiler.reset()  # it compiles one class of networks only a few times
     model.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
 
 
@@ -2416,6 +2430,8 @@ def run_script(main):
     except Problem as problem:
         leave(problem, problem.status)
     except (MemoryError, RuntimeError) as problem:
+        if isinstance(problem, dist.DistBackendError):  # also what only NCCL can tell
+            leave(f"the GPUs do not work together, or a process has ended: {problem}", 1)
         if isinstance(problem, dist.DistError) or "/gloo/" in str(problem):
             leave("another process has ended", 1)  # it tells why, or else torchrun does
         if not is_out_of_memory(problem):

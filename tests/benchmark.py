@@ -124,6 +124,7 @@ def our_loop(network, data, augmentation, device, dtype, compiled=False):
 
 def plain_loop(network, data, augmentation, device):
     """A function that trains one epoch with the plain loop."""
+    torch.backends.cudnn.allow_tf32 = True  # as it is by default
     model = network().to(device)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3, weight_decay=1e-3)
     loader = DataLoader(Pictures(data, augmentation), BATCH, shuffle=True)
@@ -142,7 +143,7 @@ def measure(network, augmentation, data, device, dtype, compiled=False):
         times["plain"].append(seconds(plain, device))
         times["augmentation"].append(
             seconds(augmented, device) - seconds(lambda: augmented(None), device))
-        times["matrix"].append(max(matrix_rate(device, d) for d in (torch.float32, torch.bfloat16)))
+        times["matrix"].append(max(matrix_rate(device, d) for d in utils.native_dtypes(device)))
     return {name: statistics.median(values[1:]) for name, values in times.items()}  # 0: warm-up
 
 
@@ -158,10 +159,10 @@ def main():
     device, dtype = utils.choose_device("auto", "auto")
     data = utils.load_data("synthetic", 32, None, None, ex3_convnet.MEAN, ex3_convnet.STD, device)
     data.train = data.train[:20 * BATCH if device.type == "cuda" else 2 * BATCH]
-    rates = {d: matrix_rate(device, d) for d in (torch.float32, torch.bfloat16)}
+    rates = ", ".join(f"{utils.dtype_name(d)} {matrix_rate(device, d):,.0f}"
+                      for d in utils.native_dtypes(device))
     print(f"{utils.describe_device(device)}, PyTorch {torch.__version__}; ours in {dtype}, "
-          f"the plain loop in float32; matrix rate: float32 {rates[torch.float32]:,.0f}, bfloat16 "
-          f"{rates[torch.bfloat16]:,.0f} GFLOP/s; median of {ROUNDS} rounds of "
+          f"the plain loop in float32; matrix rate: {rates} GFLOP/s; median of {ROUNDS} rounds of "
           f"{len(data.train):,} images\n")
     print("| network | ours, images/s | plain, images/s | ratio | ours, GFLOP/s "
           "| of the best matrix rate | augmentation, of a step |\n" + "|---" * 7 + "|")

@@ -115,6 +115,7 @@ def test_more_devices_than_there_are():
 @pytest.fixture
 def two_gpus(monkeypatch):
     """Let PyTorch report two GPUs that compute bfloat16, and collect what is asked of it."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     asked = []
     for name, value in {"is_available": True, "device_count": 2, "is_bf16_supported": True}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value, **_: value)
@@ -132,6 +133,17 @@ def test_cuda_is_taken_where_there_is_one_and_by_each_process_its_own(two_gpus, 
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(utils.Problem, match="cuda:2 is not there: PyTorch sees 2"):
         utils.choose_device("auto", "auto")
+
+
+def test_processes_that_share_a_run_cannot_share_a_gpu(two_gpus, monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    device, _ = utils.choose_device("cuda:0", "float32")
+    with pytest.raises(utils.Problem, match="cuda:0 is one GPU, .* give --device=cuda") as problem:
+        utils.init_distributed("images", device)
+    assert problem.value.status == 2
+    utils.init_distributed("runs", device)  # they have nothing in common
 
 
 def test_deterministic_asks_for_it_on_cuda_only(two_gpus, monkeypatch):

@@ -47,6 +47,26 @@ def test_a_run_goes_on_elsewhere_and_otherwise(small, epochs):
     assert len(epochs) == 2 + 1
 
 
+def test_in_another_layout_each_weight_goes_on_with_its_own_moments(small, monkeypatch):
+    """A fused Adam does not look at the layout of its numbers: they have to have the weights'."""
+    with interrupted(2):
+        ex3_convnet.main(SHORT)
+    saved = utils.load_checkpoint(small / LATEST)["optimizer"]["state"]
+    seen = []
+
+    def look(model, data, batches, augment, optimizer, *_):
+        for number, (parameter, numbers) in enumerate(optimizer.state.items()):
+            seen.append(parameter)
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(numbers[name], saved[number][name])
+                assert numbers[name].stride() == parameter.stride()
+        return 1.0, 0.0
+
+    monkeypatch.setattr(utils, "train_one_epoch", look)
+    ex3_convnet.main([*SHORT, "--channels_last=False", "--resume"])
+    assert len(seen) == 12  # five convolutions and a linear layer, each with a bias
+
+
 def test_resuming_a_finished_run_trains_nothing(small, epochs, capsys):
     ex3_convnet.main(SHORT)
     whole = outcome(small)
