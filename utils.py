@@ -1653,7 +1653,7 @@ class Run:
             # them for those of other weights, where the weights now have another one
             for parameter, numbers in self.parts["optimizer"].state.items():
                 for name, value in numbers.items():
-                    if value.shape == parameter.shape:
+                    if getattr(value, "shape", None) == parameter.shape:
                         numbers[name] = torch.empty_like(parameter).copy_(value)
         except MALFORMED as problem:
             raise Problem(f"{self.latest.name} does not fit this run ({problem}): start anew "
