@@ -575,7 +575,8 @@ def draw_curves(axis, records, quantity, parts=("train", "val")):
         if len(runs) > 1:
             deviation = values.std(0, ddof=1)  # as in the tables
             axis.fill_between(epochs, mean - deviation, mean + deviation, alpha=0.25, linewidth=0,
-                              color=STYLES[part]["color"])
+                              color=STYLES[part]["color"], label="± standard deviation of the seeds"
+                              if part == "val" else None)
         top = max(top, mean.max())
     mark_epochs(axis, [record["result"]["best_epoch"] for record in records
                        if record["result"]["best_epoch"]],

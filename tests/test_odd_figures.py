@@ -71,8 +71,8 @@ def test_five_seeds_that_stop_apart_have_each_stop_once_in_the_legend(figures, f
     ex3_convnet.plot_early_stopping({"with batch norm": records}, folder / "stops.png")
     axis, = figures[0].axes
     texts = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert texts == ["train", "validation", "best model: epoch 13, 17, 21, 30",
-                     "stop: epoch 23, 27, 31, 40"]
+    assert texts == ["train", "validation", "± standard deviation of the seeds",
+                     "best model: epoch 13, 17, 21, 30", "stop: epoch 23, 27, 31, 40"]
     assert len(axis.lines[0].get_xdata()) == 23  # curves end where the first seed stopped
 
 
