@@ -2097,12 +2097,12 @@ def predict(flags, name, build, device, dtype):
     """Print the class and its probability for images, with the model that was trained before.
 
     flags.predict: paths of images or folders of images; name: of the experiment; build(flags,
-    num_classes): the network.
+    num_classes): the network. Where folders are named after classes, the accuracy follows.
     Raises Problem if there is no model yet, or it cannot be read, and, after the others, for images
     that cannot be read.
     """
     model, mean, std, classes, size = load_trained(flags, name, build, device)
-    paths, unreadable = [], 0
+    paths, unreadable, right = [], 0, []
     for path in (Path(path).expanduser() for path in flags.predict):
         found = find_images(path) if path.is_dir() else [path]
         left_out = describe_left_out(path)
@@ -2123,6 +2123,11 @@ def predict(flags, name, build, device, dtype):
             logits = model(image.to(device).float().div(255).sub(mean).div(std))
         probability, label = logits.float().softmax(dim=1).max(dim=1)
         print(f"{path}: {classes[label]} {probability.item():.1%}")
+        if path.parent.name in classes:
+            right.append(path.parent.name == classes[label])
+    if right:
+        print(f"As their folder is named: {sum(right):,} of {len(right):,} images, "
+              f"{np.mean(right):.1%}")
     if unreadable:
         raise Problem(f"{unreadable} of {len(paths)} files cannot be read as images")
 

@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ CLUTTER = [".ipynb_checkpoints/IMG_1.png", "__MACOSX/IMG_1.png", "._IMG_1.png", 
 def draw(path, level=0, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((40, 50, 3), level, np.uint8)).save(path, **options)
+
+
+SUMMARY = "As their folder is named: "
 
 
 @pytest.fixture
@@ -45,7 +49,9 @@ def trained(photos, small_convnet, no_drawing, capsys):
             utils.run_script(lambda: sys.exit(
                 ex3_convnet.main([*argv, "--predict", *map(str, paths)])))
         output = capsys.readouterr()
-        return end.value.code, output.out.splitlines()[1:], output.err.splitlines()
+        lines = [line for line in output.out.splitlines()[1:] if not line.startswith(SUMMARY)]
+        predict.summary = output.out.splitlines()[-1]
+        return end.value.code, lines, output.err.splitlines()
 
     return predict
 
@@ -113,6 +119,15 @@ def test_classifying_goes_on_past_what_cannot_be_read_and_ends_with_1(trained, p
     assert errors[0].startswith("nowhere.jpg cannot be read as an image")
     assert "cat/IMG_0.png cannot be read as an image" in errors[1]
     assert errors[2].endswith(": 2 of 7 files cannot be read as images")
+
+
+def test_the_accuracy_follows_where_folders_are_named_after_classes(trained, photos):
+    _, lines, _ = trained(photos / "train", photos / "test/dog")
+    right = sum(Path(line.split(": ")[0]).parent.name == line.split()[-2] for line in lines)
+    assert trained.summary == f"{SUMMARY}{right} of 9 images, {right / 9:.1%}"
+    (photos / "train/cat").rename(photos / "train/lynx")
+    assert len(trained(photos / "train/lynx")[1]) == 3
+    assert SUMMARY not in trained.summary
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -282,8 +282,9 @@ def test_a_trained_model_classifies_a_persons_photos(
     capsys.readouterr()
     cat, dog = image_folder / "test/cat/000.png", image_folder / "test/dog"
     script.main([*flags, "--predict", str(cat), str(dog)])
-    title, *lines = capsys.readouterr().out.splitlines()
+    title, *lines, summary = capsys.readouterr().out.splitlines()
     assert "trained on photos" in title
+    assert summary == "As their folder is named: 3 of 3 images, 100.0%"
     assert [line.split(": ")[0] for line in lines] == [str(cat), f"{dog}/001.png", f"{dog}/003.png"]
     assert [line.split(": ")[1].split()[0] for line in lines] == ["cat", "dog", "dog"]
     assert all(50 <= float(line.split()[-1].rstrip("%")) <= 100 for line in lines)
