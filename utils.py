@@ -1612,6 +1612,8 @@ class Run:
         """Look for an interrupted run to go on from; set aside what a new one would overwrite."""
         self.data, self.dtype, self.precision = data, dtype, dtype_name(dtype)
         self.code, self.start, self.seconds_before = code_version(), time.perf_counter(), 0
+        if data.images.is_cuda:
+            torch.cuda.reset_peak_memory_stats(data.images.device)  # that of the run before
         self.latest, self.best = (checkpoint_path(kind, self.flags, self.name)
                                   for kind in ("latest", "best"))
         self.interrupted = broadcast_from_rank0(find_interrupted, self)

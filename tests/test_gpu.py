@@ -154,6 +154,13 @@ def test_in_half_precision_and_compiled_a_gpu_learns(losses, how):
 
 
 @with_gpu
+def test_the_peak_memory_of_a_run_is_its_own(folder, small_convnet, no_drawing):
+    large, small = (ex3_convnet.main([*LEARNS, GPU, f"--batch_size={size}"])["none"][""][0]
+                    for size in (1000, 10))
+    assert 0 < small["peak_memory_mb"] < large["peak_memory_mb"]
+
+
+@with_gpu
 def test_a_deterministic_run_on_a_gpu_is_the_same_each_time_and_when_resumed(
         folder, small_convnet, no_drawing):
     argv = [*FULL, GPU, "--deterministic"]
