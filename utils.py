@@ -560,16 +560,17 @@ def plot_class_differences(a, b, title, path, show=False):
 def draw_curves(axis, records, quantity, parts=("train", "val")):
     """Curves of "loss" or "accuracy" over the epochs; with several seeds their mean ± deviation.
 
-    With early stopping the best epochs are marked, and curves end where the first seed stopped.
+    With early stopping the best epochs are marked; where the first seed has stopped, the mean ends,
+    and each of the others goes on as a thin line.
     """
-    top = 0
+    top, scale = 0, 100 if quantity == "accuracy" else 1
     for part in parts:
         key = f"val_{quantity}_augmented" if part == "augmented" else f"{part}_{quantity}"
         runs = [record["history"][key] for record in records if key in record["history"]]
         if not runs:
             continue
         length = min(map(len, runs))
-        values = np.array([run[:length] for run in runs]) * (100 if quantity == "accuracy" else 1)
+        values = scale * np.array([run[:length] for run in runs])
         epochs, mean = np.arange(1, length + 1), values.mean(0)
         axis.plot(epochs, mean, **STYLES[part])
         if len(runs) > 1:
@@ -577,7 +578,11 @@ def draw_curves(axis, records, quantity, parts=("train", "val")):
             axis.fill_between(epochs, mean - deviation, mean + deviation, alpha=0.25, linewidth=0,
                               color=STYLES[part]["color"], label="± standard deviation of the seeds"
                               if part == "val" else None)
-        top = max(top, mean.max())
+        longer = [scale * np.array(run[length - 1:]) for run in runs if len(run) > length]
+        for i, rest in enumerate(longer):
+            axis.plot(range(length, length + len(rest)), rest, linewidth=0.9, color=STYLES[part][
+                "color"], label=None if i or part != "val" else "seeds that went on, one by one")
+        top = max(top, mean.max(), *(rest.max() for rest in longer))
     mark_epochs(axis, [record["result"]["best_epoch"] for record in records
                        if record["result"]["best_epoch"]],
                 "best model", color="grey", linestyle=":", linewidth=1.2)
@@ -600,10 +605,10 @@ def plot_learning_curves(records, title, path, show=False):
 
     records: one run with one or more seeds.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axis, quantity in zip(axes, ("loss", "accuracy")):
         draw_curves(axis, records, quantity)
-        axis.legend()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     set_title(figure, f"{title}: learning curves\n{caption(records)}")
     save_figure(figure, path, show)
 
@@ -1065,7 +1070,7 @@ def write_page(script, flags, questions, claims, experiment, data=None):
 def colophon(records):
     """Data, machines and code behind the records of a page, as lines of Markdown."""
     def several(of):
-        return ", ".join(distinct(records, of))
+        return "; ".join(distinct(records, of))
 
     hours = sum(record["seconds"] for record in records) / 3600
     return ["## Behind these numbers", "",

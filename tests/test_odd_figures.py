@@ -72,8 +72,11 @@ def test_five_seeds_that_stop_apart_have_each_stop_once_in_the_legend(figures, f
     axis, = figures[0].axes
     texts = [text.get_text() for text in axis.get_legend().get_texts()]
     assert texts == ["train", "validation", "± standard deviation of the seeds",
-                     "best model: epoch 13, 17, 21, 30", "stop: epoch 23, 27, 31, 40"]
-    assert len(axis.lines[0].get_xdata()) == 23  # curves end where the first seed stopped
+                     "seeds that went on, one by one", "best model: epoch 13, 17, 21, 30",
+                     "stop: epoch 23, 27, 31, 40"]
+    mean, *rest = (list(line.get_xdata()) for line in axis.lines[4:8])
+    assert mean == list(range(1, 24))  # where the first seed stopped
+    assert rest == [list(range(23, end + 1)) for end in (31, 40, 27)]
 
 
 # ------------------------------------------- classes -------------------------------------------
