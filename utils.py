@@ -1428,7 +1428,7 @@ def load_image_folder(dataset, size, device):
         raise Problem(f"the classes in train and test of {folder} differ: "
                       f"{', '.join(sorted(train.keys() ^ test.keys()))} is in only one of them")
     if left_out := describe_left_out(folder / "train", folder / "test"):
-        print(f"Left out as no images: {left_out}")
+        print(f"{folder}: {left_out}")
     train, num_val = order_images(train)
     test, _ = order_images(test)
     check_memory(len(train) + len(test), size, device)
@@ -1456,7 +1456,7 @@ def find_classes(folder, least):
             left_out = describe_left_out(folder / name)
             raise Problem(f"too few images in the class {folder / name}: {len(images)}, and it "
                           f"needs at least {least}: add some, or delete the folder"
-                          + f" (left out as no images: {left_out})" * bool(left_out))
+                          + f" ({left_out})" * bool(left_out))
     if len(classes) < 2:
         raise Problem(f"too few classes in {folder}: {len(classes)}, and it needs at least two: "
                       "one folder of images for each class")
@@ -1484,13 +1484,14 @@ def readable_suffixes():
 
 
 def describe_left_out(*folders):
-    """How many files in these folders are no images, by suffix; "" if there are none."""
+    """ "left out as no images: 2 .txt, ...": the other files in these folders; "" without."""
     readable = readable_suffixes()
     others = [path for folder in folders for path in find_files(folder)
               if path.suffix.lower() not in readable]
     suffixes = Counter(path.suffix.lower() or "without suffix" for path in others)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.items())
-    return kinds + HEIC_ADVICE * bool(HEIC & suffixes.keys())
+    advice = HEIC_ADVICE * bool(HEIC & suffixes.keys())
+    return f"left out as no images: {kinds}{advice}" * bool(kinds)
 
 
 def order_images(classes):
@@ -2114,12 +2115,11 @@ def predict(flags, name, build, device, dtype):
         found = find_images(path) if path.is_dir() else [path]
         left_out = describe_left_out(path)
         if not found:
-            raise Problem(f"there is no image in {path}"
-                          + f" (left out as no images: {left_out})" * bool(left_out))
+            raise Problem(f"there is no image in {path}" + f" ({left_out})" * bool(left_out))
         if left_out:
-            print(f"Left out as no images: {left_out}", file=sys.stderr)
-        paths += found
-    for path in paths:
+            print(f"{path}: {left_out}", file=sys.stderr)
+        paths += [(image, path if path.is_dir() else path.parent) for image in found]
+    for path, folder in paths:
         try:
             image = torch.from_numpy(read_image(path, size).copy()).permute(2, 0, 1)[None]
         except Problem as problem:
@@ -2130,8 +2130,9 @@ def predict(flags, name, build, device, dtype):
             logits = model(image.to(device).float().div(255).sub(mean).div(std))
         probability, label = logits.float().softmax(dim=1).max(dim=1)
         print(f"{path}: {classes[label]} {probability.item():.1%}")
-        if path.parent.name in classes:
-            right.append(path.parent.name == classes[label])
+        if named := next((place.name for place in path.parents if place.name in classes
+                          and place.is_relative_to(folder)), None):
+            right.append(named == classes[label])
     if right:
         print(f"As their folder is named: {sum(right):,} of {len(right):,} images, "
               f"{np.mean(right):.1%}")
@@ -2259,12 +2260,13 @@ def choose_device(device, precision, deterministic=False):
     """
     cuda = torch.cuda.is_available()
     device = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise Problem(f"--device={device} is not there: PyTorch sees {torch.cuda.device_count()} "
-                      "CUDA devices on this machine; --device=cpu always works", status=2)
     if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise Problem(f"--device={device} is not there: PyTorch sees "
+                          f"{torch.cuda.device_count()} CUDA devices on this machine; "
+                          "--device=cpu always works", status=2)
         torch.cuda.set_device(device)
     tune_malloc()
     torch.backends.cudnn.benchmark = not deterministic  # try which convolutions are the fastest
@@ -2443,10 +2445,11 @@ def run_script(main):
     except Problem as problem:
         leave(problem, problem.status)
     except (MemoryError, RuntimeError) as problem:
-        if isinstance(problem, dist.DistBackendError):  # also what only NCCL can tell
-            leave(f"the GPUs do not work together, or a process has ended: {problem}", 1)
         if isinstance(problem, dist.DistError) or "/gloo/" in str(problem):
-            leave("another process has ended", 1)  # it tells why, or else torchrun does
+            # the other one tells why; but what only NCCL knows is in its own words
+            nccl = f", or the GPUs do not work together: {problem}" * isinstance(
+                problem, dist.DistBackendError)
+            leave(f"another process has ended{nccl}", 1)
         if not is_out_of_memory(problem):
             raise
         leave(sentence_of(problem), 1)

@@ -259,7 +259,7 @@ def test_hidden_files_are_not_read_and_others_named(tmp_path, capsys):
     data = load(tmp_path)
     assert (data.classes, len(data.images)) == (["cat", "dog"], 8)
     line, = capsys.readouterr().out.splitlines()
-    assert line.startswith("Left out as no images: ")
+    assert line.startswith(f"{tmp_path}: left out as no images: ")
     for word in ("1 .txt", "1 .heic", "1 without suffix", "convert HEIC photos to JPEG first"):
         assert word in line
 

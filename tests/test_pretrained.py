@@ -322,7 +322,7 @@ def test_images_that_cannot_be_read_are_named_and_the_others_classified(
     with pytest.raises(utils.Problem, match="1 of 3 files cannot be read as images"):
         ex3_convnet.main([*model, f"--predict={image_folder / 'test/cat'}"])
     output = capsys.readouterr()
-    assert "Left out as no images: 1 .txt" in output.err
+    assert "test/cat: left out as no images: 1 .txt" in output.err
     assert [line.split(": ")[0].split("/")[-1] for line in output.out.splitlines()
             if line.endswith("%")] == ["000.png", "002.png"]
     assert "001.jpg cannot be read as an image" in output.err
