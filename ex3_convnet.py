@@ -30,8 +30,8 @@ batch_size: int = 200  # images in each step
 learning_rate: float = 2e-3  # of Adam
 learning_rate_decay: float = 0.95  # the learning rate is multiplied by this after each epoch
 reg: float = 1e-3  # weight decay (L2 penalty)
-num_training: int | None = None  # the first of the images train; None: all that do not validate
-num_validation: int | None = None  # the last validate; None: a tenth, 1,000 of CIFAR-10
+num_training: int | None = None  # train on the first so many; None: on all that do not validate
+num_validation: int | None = None  # validate on the last so many; None: a tenth, at most 1,000
 image_size: int = 32  # images are resized to this number of pixels a side
 seed: int = 0  # of everything random: initial weights, order, augmentation, dropout
 
@@ -200,7 +200,8 @@ def recalibrate(model, data, dtype, batch_size=500):
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all batches, not a moving one
         layer.train()
-    for indices in data.train.split(batch_size):
+    # parts of one size, as each counts as much as any other
+    for indices in data.train.tensor_split(-(-len(data.train) // batch_size)):
         images, _ = data.batch(indices)
         with utils.autocast(images.device, dtype):
             model(images)
@@ -393,7 +394,8 @@ def plot_augmented_images(data, path, show=False, count=10):
         augment = utils.make_augment(name, generator)
         shown = augment(images) if augment else images
         axis.imshow(np.hstack(shown.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()))
-        axis.set_ylabel(name if augment else "original", rotation=0, ha="right", va="center")
+        axis.set_ylabel(name if augment else "original", rotation=0, ha="right", va="center",
+                        fontsize=14)  # to be read in a small picture, too
         axis.set(xticks=[], yticks=[])
     utils.set_title(figure, f"The augmentation techniques on {data.name}")
     utils.save_figure(figure, path, show)
@@ -417,6 +419,7 @@ def plot_dropout(results, path, show=False):
             (with_norm, "val_accuracy_recalibrated", {**utils.AUGMENTED, "label": (
                 "validation, batch norm recalibrated")}),
             (without, "val_accuracy", {**utils.VALIDATION, "color": "grey", "marker": "d",
+                              "linestyle": "none",  # not of all rates
                               "label": "validation, no batch norm"})):
         plot_over_dropout(axis, runs.values(), key, style)
     rates = sorted({changes["dropout"] for _, changes, *_ in QUESTIONS["3b"].rows})

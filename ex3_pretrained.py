@@ -11,7 +11,7 @@ from __future__ import annotations  # so that a mistyped type below is named in 
 
 import http.client
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +37,8 @@ batch_size: int = 200  # images in each step
 learning_rate: float = 1e-3  # of Adam
 learning_rate_decay: float = 0.99  # the learning rate is multiplied by this after each epoch
 reg: float = 0.0  # weight decay (L2 penalty)
-num_training: int | None = None  # the first of the images train; None: all that do not validate
-num_validation: int | None = None  # the last validate; None: a tenth, 1,000 of CIFAR-10
+num_training: int | None = None  # train on the first so many; None: on all that do not validate
+num_validation: int | None = None  # validate on the last so many; None: a tenth, at most 1,000
 image_size: int = 32  # images are resized to this number of pixels a side
 seed: int = 0  # of everything random: initial weights, order, augmentation
 
@@ -195,7 +195,8 @@ def load_features(model, state, source):
 
 @dataclass
 class FeatureData(utils.Data):
-    """A data set with its images' fixed features (1 or 2, N, 512): the second of mirrored images.
+    """A data set with its images' fixed features, float32 (1 or 2, N, 512): [0] of the images as
+    they are, [1] of the mirrored ones.
 
     A head trains on them as on the images, but the features are not computed in every epoch anew.
     """
@@ -215,22 +216,16 @@ class FeatureData(utils.Data):
 def extract_features(model, data, dtype, mirror):
     """Run the fixed features over all images in use once, and over the mirrored if asked."""
     start = time.perf_counter()
-    parts = (data.train, data.val, data.test)
-    used = torch.cat(parts)
-    everything = torch.arange(len(used), device=used.device)
-    train, val, test = everything.split([len(part) for part in parts])
-    data = replace(data, images=data.images[used], labels=data.labels[used], train=train, val=val,
-                   test=test)
-    model.to(data.images.device).eval()
+    used = torch.cat((data.train, data.val, data.test))
+    model.to(used.device).eval()
     versions = [None, partial(torch.flip, dims=[3])][:1 + mirror]
-    features = []
-    for augment in versions:
-        for indices in utils.progress_bar(everything.split(500), "features", unit=" batches"):
+    features = torch.empty(len(versions), len(data.images), 512, device=used.device)
+    for version, augment in enumerate(versions):
+        for indices in utils.progress_bar(used.split(500), "features", unit=" batches"):
             images, _ = data.batch(indices, augment)
             with utils.autocast(images.device, dtype):
-                features.append(model.extract(images))
-    features = torch.cat(features).view(len(versions), len(everything), -1)
-    print(f"The fixed features of {len(everything):,} images"
+                features[version, indices] = model.extract(images).float()
+    print(f"The fixed features of {len(used):,} images"
           f"{', plain and mirrored,' * mirror} are computed once, in "
           f"{time.perf_counter() - start:.0f} s")
     return FeatureData(**vars(data), features=features)
@@ -391,7 +386,9 @@ def draw(question, results, runs, data):
     """
     for name, records in results.items():
         flags = runs[name]
-        folder, part = utils.results_folder(flags), checkpoint_name(flags)
+        # the figures of a question are of all its seeds
+        part = checkpoint_name(flags if question == "none" else flags.replace(seed=0))
+        folder = utils.results_folder(flags)
         number = 10 if not flags.pretrained else 9 if flags.fine_tune else 8
         utils.plot_learning_curves(records, describe(flags), folder / f"figure_{number}_{part}.png",
                                    flags.show)

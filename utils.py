@@ -5,7 +5,7 @@ and curves, tables, claims. Then the back rooms, which one only visits. Five wor
 
 flags: the settings at the top of a script, as the command line has changed them
 run: one experiment, which the flags describe; a question of the report has several
-recipe: all that decides what a run computes but its seed, so that two runs can be told apart
+recipe: all that decides what a run computes, except its seed and its precision
 record: what a finished run leaves, in a file: recipe, seed, result, history, predictions
 result: the numbers of a record that the tables show
 """
@@ -251,7 +251,7 @@ def greyscale(images, generator, p):
 
 
 def blend(images, others, factor):
-    """others where the factor (B, 1, 1, 1) is 0, images where it is 1, beyond them above 1."""
+    """Factor (B, 1, 1, 1) 0 gives others, 1 gives images, more moves away from others; in 0..1."""
     return (factor * images + (1 - factor) * others).clamp(0, 1)
 
 
@@ -540,18 +540,20 @@ def plot_each_class(axis, classes, rows, order):
 
 def plot_class_differences(a, b, title, path, show=False):
     """Which classes one run has better than another: differences in test accuracy (points) with
-    their 95 % intervals (see difference_of). a, b: the records of two runs."""
+    their 95 % intervals, of all together (see difference_of). a, b: the records of two runs."""
     samples = [right_answers(records, "reported", "test") for records in (a, b)]
     if not all(samples):  # older records
         return
     labels = unpack(next(record["labels"]["test"] for record in a if "labels" in record))
     classes = a[0]["recipe"]["data"]["classes"]
-    rows = np.array([difference_of(*({seed: right[labels == i] for seed, right in sample.items()}
-                                     for sample in samples)) for i in range(len(classes))])
+    rows = np.array([difference_of(
+        *({seed: right[labels == i] for seed, right in sample.items()} for sample in samples),
+        level=1 - 0.05 / len(classes)) for i in range(len(classes))])
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     plot_each_class(axis, classes, rows, order=-abs(rows[:, 0]))
     axis.axvline(0, color="black", linewidth=1)
-    axis.set(xlabel="difference in test accuracy (points), 95 % intervals")
+    axis.set(xlabel="difference in test accuracy (points; above 0 the first is better), 95 % "
+                    "intervals of all classes together")
     set_title(figure, f"{title}, class by class" + ", the 30 largest differences" * (
         len(classes) > 30) + f"\n{caption([*a, *b])}")
     save_figure(figure, path, show)
@@ -699,6 +701,11 @@ def plan(flags, questions):
         shared = {flag: value for flag, value in question.shared.items() if flag not in flags.given}
         plans[number] = {name: flags.replace(**{**shared, **changes})
                          for name, changes, *_ in question.rows}
+        runs = list(plans[number].values())
+        if any(one in runs[:i] for i, one in enumerate(runs)):
+            given = ", ".join(f"--{flag}" for flag in sorted(flags.given - {"question"}))
+            raise Problem(f"with {given} two runs of question {number} would be the same: leave it "
+                          "out, or run one experiment without --question", status=2)
     return plans
 
 
@@ -740,7 +747,8 @@ def run_all(plan, experiment, train, data, dtype):
                 save_record(record, results_folder(flags))
         except KeyboardInterrupt as interrupt:
             kept = (f"after epoch {run.epoch}: the same command with --resume goes on from there"
-                    if run.epoch else "in its first epoch, of which nothing is kept")
+                    if run.epoch else "before it went on: its checkpoint is as it was"
+                    if run.interrupted else "in its first epoch, of which nothing is kept")
             raise KeyboardInterrupt(f"interrupted {kept}") from interrupt
         except (Diverged, MemoryError, RuntimeError) as problem:
             if not isinstance(problem, Diverged) and (
@@ -901,6 +909,9 @@ class Claim:
             if not records:
                 return "not measured", "–"
             found.append(right_answers(records, predictions, images))
+        if len({name for name, *_ in self.samples}) == 1:  # the same networks are compared
+            shared = sorted(set.intersection(*map(set, found)))
+            found = [{seed: sample[seed] for seed in shared} for sample in found]
         if not all(found):
             return "predictions not recorded", "–"
         return self.rule([sample[0] for sample in self.samples], found, **self.options)
@@ -960,10 +971,10 @@ def difference_of(a, b, level=0.95, same=False):
 def points(interval, a, b):
     """ "+1.2 [+0.4, +2.0]": the difference of two samples and its interval.
 
-    Where only one of them has several seeds, it is that of one seed each, not that of the means.
+    Where one of them has a single seed, it is that of one seed each, and that is said.
     """
-    difference, low, high = interval
-    of_one = " (of one seed each)" * (min(len(a), len(b)) == 1 < max(len(a), len(b)))
+    difference, low, high = (round(number, 1) + 0.0 for number in interval)  # -0.0 becomes 0.0
+    of_one = " (of one seed each)" * (min(len(a), len(b)) == 1)
     return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]{of_one}"
 
 
@@ -983,16 +994,15 @@ def is_best(names, samples):
     first, *others = samples
     intervals = {name: difference_of(first, other, 1 - 0.05 / len(others))
                  for name, other in zip(names[1:], others)}
-    nearest = min(intervals, key=lambda name: intervals[name][0])
-    other = samples[list(names).index(nearest)]
-    ours = f"against {nearest} {points(intervals[nearest], first, other)}"
+    better = [name for name, (_, _, high) in intervals.items() if high < 0]
     level = [name for name, (_, low, high) in intervals.items() if low <= 0 <= high]
-    if any(high < 0 for _, _, high in intervals.values()):
-        return "does not hold", ours
-    if level:
-        place = "first, but level with " if intervals[nearest][0] > 0 else "level with "
-        return place + ", ".join(level), ours
-    return "holds", ours
+    # of those that decide, the one that is nearest, or most ahead
+    shown = min(better or level or intervals, key=lambda name: intervals[name][0])
+    ours = f"against {shown} {points(intervals[shown], first, samples[list(names).index(shown)])}"
+    if level and not better:
+        is_first = all(difference > 0 for difference, _, _ in intervals.values())
+        return "first, but " * is_first + f"level with {', '.join(level)}", ours
+    return verdict_of(not better, better), ours
 
 
 def does_not_gain(names, samples, margin):
@@ -1026,8 +1036,9 @@ def claims_table(claims, questions, results):
             "interval: with one seed each paired over the images, which speaks for these two "
             "trained networks only, else Welch's over the seeds; of several differences all "
             "together (Bonferroni). A claim holds or not if the whole interval says so, else it "
-            "is undecided, or *level with* those whose interval contains 0. Not measured: a run "
-            "is missing; predictions not recorded: its record is an older one."]
+            "is undecided, or *level with* those whose interval contains 0; a difference below "
+            "the margin counts as none. Not measured: a run is missing; predictions not recorded: "
+            "its record is an older one."]
 
 
 def write_page(script, flags, questions, claims, experiment, data=None):
@@ -1070,13 +1081,18 @@ def write_page(script, flags, questions, claims, experiment, data=None):
 def colophon(records):
     """Data, machines and code behind the records of a page, as lines of Markdown."""
     def several(of):
-        return "; ".join(distinct(records, of))
+        return "; ".join(f"{what} ({count} runs)" for what, count in sorted(
+            Counter(map(of, records)).items()))
+
+    def machine(record):
+        return record["device"] + ", --compile" * record.get("where_and_how", {}).get(
+            "compile", False)
 
     hours = sum(record["seconds"] for record in records) / 3600
     return ["## Behind these numbers", "",
-            f"- Data: fingerprint {several(lambda r: r['recipe']['data']['fingerprint'])}",
-            f"- Runs: {len(records)}, {hours:.1f} hours, {several(lambda r: r['precision'])}",
-            f"- Machine: {several(lambda r: r['device'])}",
+            f"- Data: fingerprint {records[0]['recipe']['data']['fingerprint']}",
+            f"- Runs: {len(records)}, {hours:.1f} hours; {several(lambda r: r['precision'])}",
+            f"- Machine: {several(machine)}",
             f"- PyTorch: {several(lambda r: r['versions']['torch'])}",
             f"- Code: {several(describe_code)}", ""]
 
@@ -1095,7 +1111,8 @@ def write_csv(records, path):
     rows = [{"run": record["title"], "seed": record["seed"], "precision": record["precision"],
              **{f"{part}_images": record["recipe"]["data"][part]
                 for part in ("train", "val", "test")},
-             **record["recipe"]["flags"], "epochs": len(record["history"]["val_loss"]),
+             **record["recipe"]["flags"], **record.get("where_and_how", {}),
+             "epochs": len(record["history"]["val_loss"]),
              **record["result"],
              "seconds": round(record["seconds"]), "device": record["device"],
              "code": describe_code(record)} for record in records]
@@ -1124,6 +1141,8 @@ READERS = {  # type: its value from a text
              "False": False, "false": False, "0": False}.__getitem__,
     "int": int, "float": float, "str": str, "list": str}
 
+LIST = {"nargs": "+", "action": "extend"}  # --name a b --name c: all three
+
 LIMITS = {  # flag: its possible names, or what is possible in words and as a test
     "monitor": ("accuracy", "loss"),
     "frozen_norm": ("eval", "train"),
@@ -1141,7 +1160,7 @@ LIMITS = {  # flag: its possible names, or what is possible in words and as a te
                     ("at least 1, or None", lambda value: value is None or value >= 1)),
     "seeds": ("a number of seeds such as 3, or a list such as 0,5,7",
               re.compile(r"[1-9]\d{0,3}|\d{1,9}(,\d{1,9})+").fullmatch),
-    "device": ("auto, cpu or cuda[:N]", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
+    "device": ("auto, cpu or cuda[:N]", re.compile(r"auto|cpu|cuda(:\d\d?)?").fullmatch),
 }
 
 
@@ -1189,7 +1208,7 @@ def parse_flags(script, argv=None):
             groups[group] = parser.add_argument_group(group)
         alone = {"nargs": "?", "const": True} if "bool" in types else {}  # --name without a value
         groups[group].add_argument(
-            f"--{name}", metavar="|".join(types).upper(), **{"nargs": "+"} if is_list else alone,
+            f"--{name}", metavar="|".join(types).upper(), **LIST if is_list else alone,
             type=partial(parse_value, types, limits.get(name)),
             help=f"{comment} (default: {value})".replace("%", "%%"))
         parser.line = line  # a default is checked as if it stood on the command line
@@ -1217,14 +1236,15 @@ def read_settings(script):
         if heading not in headings.values():
             raise Problem(f"{path.name} has no line \"# --- {heading} ---\": put it back",
                           status=2)
-    for i in range(min(headings), max(headings)):
+    last = next(i for i, title in headings.items() if title == LAST_HEADING)
+    for i in range(min(headings), last):
         hidden = re.match(r"#\s*([a-z]\w*)\s*(:[^=#]*)?=[^=]", lines[i])
         if hidden and hidden[1] not in script and f"flags.{hidden[1]}" in source:
             raise Problem(f"line {i + 1} of {path.name}: the setting {hidden[1]} is commented out: "
                           "put it back", status=2)
     for node in ast.parse(source).body:
         group = ([None] + [title for i, title in headings.items() if i < node.lineno])[-1]
-        if group in (None, LAST_HEADING) or not isinstance(node, (ast.Assign, ast.AnnAssign)):
+        if group is None or node.lineno > last or not isinstance(node, (ast.Assign, ast.AnnAssign)):
             continue
         line = f"line {node.lineno} of {path.name}: "
         name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
@@ -1429,6 +1449,12 @@ def load_image_folder(dataset, size, device):
                       f"{', '.join(sorted(train.keys() ^ test.keys()))} is in only one of them")
     if left_out := describe_left_out(folder / "train", folder / "test"):
         print(f"{folder}: {left_out}")
+    readable = readable_suffixes()
+    loose = sorted(path.name for part in ("train", "test") for path in (folder / part).iterdir()
+                   if path.suffix.lower() in readable and not HIDDEN(path.name) and path.is_file())
+    if loose:
+        names = ", ".join(loose[:3]) + ", ..." * (len(loose) > 3)
+        print(f"{folder}: left out as in no folder of a class: {names}")
     train, num_val = order_images(train)
     test, _ = order_images(test)
     check_memory(len(train) + len(test), size, device)
@@ -1603,7 +1629,7 @@ class Run:
     checkpoint: its epoch, history and best model are those of the interrupted run.
 
     title, name: of the experiment, in tables and in the names of its checkpoints
-    recipe: what with the seed tells it from every other experiment (see make_recipe)
+    recipe: what with seed and precision tells it from every other experiment (see make_recipe)
     epoch: the last that is done (0: none); history: {quantity: [a number an epoch]}
     best_epoch (0: none), best_score, best_weights: what early stopping has found so far
     dtype: that of the arithmetic, which --resume keeps where the machine has it
@@ -1613,6 +1639,7 @@ class Run:
         self.flags, self.title, self.name, self.recipe = flags, title, name, recipe
         self.epoch, self.history = 0, {}
         self.best_epoch, self.best_score, self.best_weights = 0, -math.inf, None
+        self.interrupted = None  # the state to go on from
 
     def open(self, data, dtype):
         """Look for an interrupted run to go on from; set aside what a new one would overwrite."""
@@ -1829,7 +1856,10 @@ def describe_function(function):
 
 
 def without_off(value):
-    """A recipe without what is off, so that a setting which an older record lacks counts as off."""
+    """A recipe without what means off (False, 0, None, "none", empty): a setting which an older
+    record, or one of an older PyTorch, lacks counts as off."""
+    if isinstance(value, list):
+        return [without_off(part) for part in value]
     if not isinstance(value, dict):
         return value
     value = {name: without_off(part) for name, part in value.items()}
@@ -1922,9 +1952,9 @@ def record_digest(record):
 def find_records(flags, experiment, facts=None, seeds=None):
     """The records of a run, one for each seed (the latest), in the order of the seeds.
 
-    experiment(flags, facts): the Run. facts: of the data; None: each record's own, of the data of
-    the latest record in the folder. seeds: None: all there are. An explicit precision takes its own
-    records only.
+    experiment(flags, facts): the Run. facts: of the data; None: each record's own, and only records
+    on the same data as the folder's latest count. seeds: None: all there are. An explicit precision
+    takes its own records only.
     """
     records = sorted(load_records(results_folder(flags)), key=lambda record: record["finished"])
     if facts is None and records:
@@ -1958,7 +1988,7 @@ def find_interrupted(run):
     """
     if run.flags.resume and run.latest.exists():
         state = load_checkpoint(run.latest)
-        if not difference(state, run):
+        if not why_not_resumable(state, run):
             return state
     elif run.flags.resume:
         print(f"There is no {run.latest.name} yet: starting at epoch 1")
@@ -1969,18 +1999,21 @@ def find_interrupted(run):
     return None
 
 
-def difference(state, run):
+def why_not_resumable(state, run):
     """What keeps a run from going on from the state in a checkpoint, "" if it can: no epoch depends
-    on how many there will be, nor on the patience."""
+    on how many there will be, nor on the patience, but with less of it the run may have ended."""
     def parts(recipe, seed):
         recipe = without_off(recipe)
-        return {"seed": seed, **recipe, **recipe["flags"], "flags": 0, "num_epochs": 0,
-                "patience": 0}
+        own = {f"--{name}": value for name, value in recipe.pop("flags").items()
+               if name not in ("num_epochs", "patience")}
+        return {"seed": seed, **recipe, **own}
 
     try:
         flags = run.flags
         theirs, ours = parts(state["recipe"], state["seed"]), parts(run.recipe, flags.seed)
         names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+        if flags.earlystop and flags.patience < state["recipe"]["flags"]["patience"]:
+            names.append("--patience")
         names += ["precision"] * (flags.precision not in ("auto", state["precision"]))
         if names:
             return f"is of another experiment ({', '.join(names)})"
@@ -1997,8 +2030,11 @@ def set_aside(path, run, seconds=600):
     of another experiment, longer, or more than these seconds of an unfinished run."""
     try:
         state = load_checkpoint(path)
-        reason = difference(state, run)
-        if state["epoch"] < run.flags.num_epochs:
+        reason = why_not_resumable(state, run)
+        # a best model has no best epoch: the latest checkpoint, which holds it, tells for both
+        stopped = run.flags.earlystop and (
+            state["epoch"] - state.get("best_epoch", -math.inf) >= run.flags.patience)
+        if state["epoch"] < run.flags.num_epochs and not stopped:
             reason = reason or "is not finished" * (sum(state["history"]["seconds"]) > seconds)
     except (Problem, *MALFORMED):
         reason = UNREADABLE

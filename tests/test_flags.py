@@ -56,8 +56,9 @@ def test_values_from_the_command_line():
     "--dropout=1.5", "--dropout=1", "--dropout=nan", "--dropout=a", "--num_epochs=0",
     "--num_epochs=2.5", "--batch_size=0", "--learning_rate=0", "--learning_rate=inf", "--reg=-1",
     "--patience=0", "--seed=-1", "--norm_flag=maybe", "--augmentation=flip", "--augmentation=",
-    "--device=gpu", "--precision=float8", "--monitor=test", "--num_training=0", "--unknown=1",
-    "--norm", "positional", "--dataset=", "--predict=", "--num_validation=0", "--image_size=8"])
+    "--device=gpu", "--device=cuda:256", "--precision=float8", "--monitor=test",
+    "--num_training=0", "--unknown=1", "--norm", "positional", "--dataset=", "--predict=",
+    "--num_validation=0", "--image_size=8"])
 def test_a_wrong_flag_is_one_sentence_and_code_2(argument):
     with pytest.raises(utils.Problem) as problem:
         parse(argument)
@@ -65,6 +66,10 @@ def test_a_wrong_flag_is_one_sentence_and_code_2(argument):
     assert "\n" not in str(problem.value)
     assert argument.split("=")[0] in str(problem.value)
     assert not str(problem.value).startswith("line ")  # the settings are right
+
+
+def test_a_list_can_be_given_in_parts():
+    assert parse("--predict", "a", "b", "--predict=c").predict == ["a", "b", "c"]
 
 
 def test_a_misspelt_flag_gets_a_suggestion():

@@ -91,6 +91,14 @@ def test_what_no_person_has_put_there_is_neither_read_nor_told(trained, photos, 
     assert (status, len(lines), errors) == (None, 3, [])
 
 
+def test_images_in_no_folder_of_a_class_are_told(photos, capsys):
+    for name in ("train/a.png", "train/b.png", "test/c.png", "test/d.png", "train/.e.png"):
+        draw(photos / name)
+    assert len(load(photos).images) == 12
+    assert capsys.readouterr().out == (
+        f"{photos}: left out as in no folder of a class: a.png, b.png, c.png, ...\n")
+
+
 def test_what_is_left_out_of_a_folder_to_classify_is_told(trained, photos):
     for name in ("a.HEIC", "b.heic", "notes.txt"):
         (photos / "train/cat" / name).touch()

@@ -71,7 +71,7 @@ def test_the_summary_changes_neither_the_model_nor_the_random_state(capsys):
 def test_recalibration_estimates_the_statistics_with_dropout_off(few, monkeypatch):
     """Against the means and variances of what each batch norm of the copy gets as its input."""
     monkeypatch.setattr(ex3_convnet, "CHANNELS", (32, 64, 64, 64, 64))
-    data = few
+    data = few  # 60 images
     torch.manual_seed(0)
     model = ConvNet(norm_flag=True, dropout=0.8).train()
     for _ in range(5):  # dropout makes the variances of the moving statistics far too large
@@ -95,6 +95,8 @@ def test_recalibration_estimates_the_statistics_with_dropout_off(few, monkeypatc
         assert torch.allclose(mean, inputs[layer].mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
         assert torch.allclose(variance, inputs[layer].var((0, 2, 3)), atol=1e-4, rtol=1e-3)
     assert not torch.allclose(expected[-1][1], moved[-1], rtol=0.2)
+    parts = recalibrate(model, data, torch.float32, batch_size=59)  # not 59 images and one
+    assert torch.allclose(parts.layers[1].running_mean, expected[0][0], atol=1e-5)
 
 
 def test_a_batch_too_small_for_batch_norm_is_refused():

@@ -87,6 +87,11 @@ def test_no_row_of_a_table_is_another_run_than_it_says(script, question, flag):
         planned(script, f"--question={question}", f"--{flag}")
 
 
+def test_two_rows_of_a_table_are_never_the_same_run():
+    with pytest.raises(utils.Problem, match="with --pretrained two runs of question 4b would be"):
+        planned(ex3_pretrained, "--question=4b", "--pretrained=False")
+
+
 @pytest.mark.parametrize(("seed", "seeds", "expected"), [
     (0, "3", [0, 1, 2]), (5, "2", [5, 6]), (0, "1", [0]), (0, "7,0,5", [7, 0, 5])])
 def test_seeds_are_a_number_or_a_list(seed, seeds, expected):
@@ -265,6 +270,11 @@ def test_every_question_of_the_pretrained_network(like_cifar10, folder, weights_
         assert "eval mode on clean images" in text
     assert figures(folder) == {f"figure_{name}{kind}.png" for kind in ("", "_filters") for name in (
         "8_part_4a", "8_part_4a_frozen_norm_train", "9_part_4b_1", "10_part_4b_2")}
+
+
+def test_a_question_has_the_same_figures_with_every_seed(like_cifar10, folder, weights_file):
+    ex3_pretrained.main([*TINY, "--question=4b", "--seed=5", f"--pretrained={weights_file}"])
+    assert figures(folder) == set(ex3_pretrained.QUESTIONS["4b"].figures)
 
 
 def test_an_experiment_draws_its_filters_curves_and_classes(small, folder, weights_file):

@@ -167,6 +167,16 @@ def test_other_pretrained_weights_in_a_file_of_the_same_name_make_other_records(
     assert len(records_in(folder)) == 3
 
 
+def test_what_the_optimizer_of_an_older_pytorch_lacks_counts_as_off(small, folder):
+    assert trains(small, ex3_convnet.main, ONE) == 1
+    path, = folder.glob("figures/*/records/*")
+    record = json.loads(path.read_text())
+    assert record["recipe"]["optimizer"][0].pop("maximize") is False
+    del record["sha256"]
+    path.write_text(json.dumps(record))
+    assert trains(small, ex3_convnet.main, ONE) == 0
+
+
 def test_weights_are_found_wherever_they_are(
         few, folder, no_drawing, trainings, weights_file, tmp_path):
     argv = [*TINY, "--question=4b"]

@@ -195,7 +195,7 @@ def test_fewer_epochs_than_a_checkpoint_holds_set_it_aside(small, epochs, capsys
 @pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["anew", "resume"])
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "interrupted"])
 @pytest.mark.parametrize(("change", "differing"), [
-    (["--learning_rate=0.1"], "learning_rate"), (["--precision=bfloat16"], "precision"),
+    (["--learning_rate=0.1"], "--learning_rate"), (["--precision=bfloat16"], "precision"),
     ("CHANNELS", "network"), ("data", "data")])
 def test_a_checkpoint_of_another_experiment_is_set_aside_and_kept(
         small, few, epochs, capsys, monkeypatch, change, differing, finished, resume):
@@ -225,6 +225,25 @@ def test_a_checkpoint_of_another_experiment_is_set_aside_and_kept(
     path.rename(small / LATEST)  # as the notice says
     ex3_convnet.main([*SHORT, "--resume"])
     assert len(epochs) == before + 2 + (not finished)
+
+
+def test_another_angle_of_the_same_technique_is_another_experiment(
+        small, epochs, capsys, monkeypatch):
+    argv = [*SHORT, "--augmentation=rotation", "--resume"]
+    with interrupted(2):
+        ex3_convnet.main(argv)
+    monkeypatch.setitem(utils.AUGMENTATIONS, "rotation", partial(utils.rotate, degrees=30))
+    ex3_convnet.main(argv)
+    assert "is of another experiment (augmentation): kept as" in capsys.readouterr().out
+    assert len(epochs) == 2 + 2
+
+
+def test_with_less_patience_a_run_may_have_ended_before(small, epochs, capsys):
+    with interrupted(3):
+        ex3_convnet.main([*FULL, "--patience=6"])
+    ex3_convnet.main([*FULL, "--patience=5", "--resume"])
+    assert "is of another experiment (--patience): kept as" in capsys.readouterr().out
+    assert len(epochs) >= 3 + 5
 
 
 def test_more_epochs_and_another_patience_are_not_another_experiment(small, capsys):
@@ -284,6 +303,20 @@ def test_hours_of_training_that_will_not_be_repeated_are_not_replaced(small, epo
     renamed.rename(path)
     ex3_convnet.main([*SHORT, "--resume"])
     assert "Resumed after epoch 1" in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_early_is_finished_however_long_it_took(small, scripted, capsys):
+    scripted.update({1: 5.0, 2: 6.0})
+    argv = [*FULL, "--monitor=loss", "--patience=1"]
+    ex3_convnet.main(argv)
+    paths = set(small.glob("*.ckpt"))
+    for path in paths:
+        state = utils.load_checkpoint(path)
+        state["history"]["seconds"] = [7200.0] * state["epoch"]
+        utils.save_checkpoint(path, state)
+    ex3_convnet.main(argv)
+    assert capsys.readouterr().out.count("will be replaced") == 2
+    assert set(small.glob("*.ckpt")) == paths
 
 
 def test_a_checkpoint_that_cannot_be_read_is_kept_by_a_run_that_starts_anew(small, capsys):

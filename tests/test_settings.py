@@ -136,7 +136,7 @@ def test_without_the_last_heading_the_settings_have_no_end(edited, script):
 
 
 def test_a_constant_outside_the_settings_is_no_flag(edited, capsys):
-    script = edited(("CHANNELS = (", "limit: int = 3\nCHANNELS = ("),
+    script = edited(("CHANNELS = (", "# --- my own ---\nlimit: int = 3\nCHANNELS = ("),
                     ("# --- experiment", "before: int = 3\n# --- experiment"))
     assert not {"limit", "before", "MEAN", "CHANNELS"} & set(
         vars(utils.parse_flags(vars(script), [])))

@@ -10,6 +10,7 @@ import utils
 from utils import Claim
 
 Z = stats.norm.ppf(0.975)
+ONE = " (of one seed each)"
 
 
 def one(*right):
@@ -88,7 +89,8 @@ def test_seeds_of_equal_accuracy_are_no_error():
 def test_networks_that_are_right_on_the_same_images_are_level_and_no_error():
     for counts in (0, 0, 8, 2), (0, 0, 5, 0), (0, 0, 0, 5):
         assert utils.difference_of(*pairs(*counts)) == (0, 0, 0)
-        assert utils.is_better("ab", pairs(*counts)) == ("undecided", "+0.0 [+0.0, +0.0]")
+        assert utils.is_better("ab", pairs(*counts)) == (
+            "undecided", "+0.0 [+0.0, +0.0]" + ONE)
         assert utils.is_best("ab", pairs(*counts))[0] == "level with b"
 
 
@@ -128,9 +130,9 @@ def test_the_best_of_nine_equally_good_networks_is_seldom_taken_for_the_best():
 
 
 @pytest.mark.parametrize(("samples", "verdict"), [
-    (pairs(60, 20, 20), ("holds", "+40.0 [+24.3, +55.7]")),
-    (pairs(20, 60, 20), ("does not hold", "-40.0 [-55.7, -24.3]")),
-    (pairs(22, 20, 58), ("undecided", "+2.0 [-10.7, +14.7]")),
+    (pairs(60, 20, 20), ("holds", "+40.0 [+24.3, +55.7]" + ONE)),
+    (pairs(20, 60, 20), ("does not hold", "-40.0 [-55.7, -24.3]" + ONE)),
+    (pairs(22, 20, 58), ("undecided", "+2.0 [-10.7, +14.7]" + ONE)),
     ([sample(80, 81, 82), sample(70, 71, 72)], ("holds", "+10.0 [+7.7, +12.3]")),
     ([sample(70, 71, 72), sample(80, 81, 82)], ("does not hold", "-10.0 [-12.3, -7.7]")),
     ([sample(80, 81, 82), sample(79, 81, 83)], ("undecided", "+0.0 [-4.2, +4.2]"))])
@@ -159,7 +161,15 @@ def test_the_interval_of_the_best_run_is_wider_the_more_it_is_compared_with():
     verdict, ours = utils.is_best(["a", "b", *"cdefghij"], [a, b, *worse])
     assert verdict == "first, but level with b"
     half = 100 * stats.norm.ppf(1 - 0.025 / 9) * (100 - 20**2 / 1000) ** 0.5 / 1000
-    assert ours == f"against b +2.0 [{2 - half:+.1f}, {2 + half:+.1f}]"
+    assert ours == f"against b +2.0 [{2 - half:+.1f}, {2 + half:+.1f}]{ONE}"
+
+
+def test_of_the_best_run_the_comparison_that_decides_is_shown():
+    """b is nearer, but it is certain that a is better; c is level, as its seeds are far apart."""
+    a, b, c = sample(80, 80.1, 80.2), sample(78, 78.1, 78.2), sample(60, 75, 90)
+    verdict, ours = utils.is_best("abc", [a, b, c])
+    assert verdict == "first, but level with c"
+    assert ours.startswith("against c +5.1 [")
 
 
 @pytest.mark.parametrize(("counts", "verdict"), [
@@ -200,8 +210,19 @@ def test_a_claim_takes_the_runs_of_its_own_question_first():
     assert CLAIM.judge({"3": {"a": POOR, "b": GOOD}, "4": {"a": GOOD}})[0] == "does not hold"
 
 
+def test_a_claim_on_the_same_networks_takes_the_seeds_that_have_both_predictions():
+    claim = Claim("3", "a is better anew", "", utils.is_better,
+                  [("a", "anew", "test"), ("a", "reported", "test")])
+    records = [record(*[0] * 10, seed=seed) for seed in (0, 1, 2)]
+    assert claim.judge({"3": {"a": records}}) == ("predictions not recorded", "–")
+    for seed, right in (2, 5), (1, 6):
+        records[seed]["predictions"]["anew"] = {"test": utils.pack(np.arange(10) < right)}
+    assert claim.judge({"3": {"a": records}})[1].startswith("+55.0 [")
+
+
 def test_a_claim_takes_a_run_from_another_question_if_its_own_has_none_of_that_name():
-    assert CLAIM.judge({"2": {"b": POOR}, "3": {"a": GOOD}}) == ("holds", "+70.0 [+61.0, +79.0]")
+    assert CLAIM.judge({"2": {"b": POOR}, "3": {"a": GOOD}}) == (
+        "holds", "+70.0 [+61.0, +79.0]" + ONE)
     assert CLAIM.judge({"2": {"b": POOR, "a": GOOD}})[0] == "holds"
 
 
@@ -231,11 +252,11 @@ def test_two_states_of_the_same_networks_are_compared_within_each_seed():
 def test_where_one_run_has_a_single_seed_the_difference_is_told_to_be_of_one_seed():
     """It is not that of the means, which stand beside it."""
     one, several = sample(80.0), sample(70.0, 90.0)
-    assert utils.is_better("ab", [one, several])[1].endswith("] (of one seed each)")
-    assert utils.is_best("abc", [one, sample(60.0), several])[1].endswith("] (of one seed each)")
-    assert utils.is_best("abc", [several, sample(50.0, 50.1), one])[1].endswith("seed each)")
-    for pair in (one, one), (several, several):
-        assert utils.is_better("ab", pair)[1].endswith("]")
+    assert utils.is_better("ab", [one, several])[1].endswith("]" + ONE)
+    assert utils.is_best("abc", [one, sample(60.0), several])[1].endswith("]" + ONE)
+    assert utils.is_best("abc", [several, sample(50.0, 50.1), one])[1].endswith("]" + ONE)
+    assert utils.is_better("ab", [one, one])[1] == "+0.0 [+0.0, +0.0]" + ONE
+    assert utils.is_better("ab", [several, several])[1].endswith("]")
 
 
 def test_a_record_without_predictions_is_left_out_beside_others():
