@@ -1065,6 +1065,8 @@ def write_page(script, flags, questions, claims, experiment, data=None):
         part += [f"![{figure}]({figure})\n" for figure in question.figures
                  if (folder / figure).exists()]
         lines += [f"## Question {name}", "", *part] if part else []
+    settings = ", ".join(f"{name} {value}" for name, value in flags.what().items())
+    lines += [f"Settings of {script}, where a question has none of its own: {settings}.", ""]
     page = path.read_text(encoding="utf-8") if path.exists() else ""
     parts = dict(re.findall(r"<!-- (.+?) -->\n(.*?)\n<!-- end -->", page, re.DOTALL))
     parts[script] = "\n".join(lines)

@@ -220,6 +220,19 @@ def test_the_page_has_the_questions_in_order_with_their_tables(page):
                     run for run, *_ in question.rows]
 
 
+def test_the_page_names_the_settings_of_its_runs(page, monkeypatch):
+    """Given as a flag or edited: a trial is not taken for the report's recipe."""
+    for name, value in ("reg", 0.25), ("batch_size", 100):
+        monkeypatch.setattr(ex3_convnet, name, value)
+    record_all(ex3_convnet, questions=["2a"])
+    monkeypatch.setattr(ex3_convnet, "reg", 1e-3)
+    ex3_convnet.main([*REDRAW, "--reg=0.25"])
+    line, = re.findall(r"^Settings of ex3_convnet.py, .*", page(), re.MULTILINE)
+    assert " batch_size 100, " in line
+    assert " reg 0.25, " in line
+    assert "resume" not in line
+
+
 def test_the_page_shows_the_figures_that_are_there(page, folder):
     record_all(ex3_convnet, questions=["2a", "2b"])
     (folder / "figures/cifar-10/figure_4.png").touch()
