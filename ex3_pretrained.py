@@ -38,7 +38,7 @@ learning_rate: float = 1e-3  # of Adam
 learning_rate_decay: float = 0.99  # the learning rate is multiplied by this after each epoch
 reg: float = 0.0  # weight decay (L2 penalty)
 num_training: int | None = None  # train on the first so many; None: on all that do not validate
-num_validation: int | None = None  # validate on the last so many; None: a tenth, at most 1,000
+num_validation: int | None = None  # validate on the last so many; None: a tenth, 1,000 of CIFAR-10
 image_size: int = 32  # images are resized to this number of pixels a side
 seed: int = 0  # of everything random: initial weights, order, augmentation
 
@@ -47,7 +47,7 @@ dataset: str = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ 
 device: str = "auto"  # cpu, cuda or cuda:N; auto: CUDA where there is one
 precision: str = "auto"  # float32, bfloat16 or float16; auto: the one that is fast here
 channels_last: bool = True  # the layout in memory that most convolutions are fastest in
-compile: bool = False  # torch.compile: a minute more to start; measure whether it pays
+compile: bool = False  # torch.compile: 10 s to a minute more a run; measure whether it pays
 deterministic: bool = False  # on CUDA: the same numbers every time, at some cost (a CPU always is)
 resume: bool = False  # go on with an interrupted run from its latest checkpoint
 parallel: str = "images"  # what the processes of torchrun share: the images of a run, or the runs

@@ -701,11 +701,12 @@ def plan(flags, questions):
         shared = {flag: value for flag, value in question.shared.items() if flag not in flags.given}
         plans[number] = {name: flags.replace(**{**shared, **changes})
                          for name, changes, *_ in question.rows}
-        runs = list(plans[number].values())
-        if any(one in runs[:i] for i, one in enumerate(runs)):
-            given = ", ".join(f"--{flag}" for flag in sorted(flags.given - {"question"}))
-            raise Problem(f"with {given} two runs of question {number} would be the same: leave it "
-                          "out, or run one experiment without --question", status=2)
+        for name, run in plans[number].items():
+            if twin := next((other for other, one in plans[number].items()
+                             if one == run and other != name), None):
+                raise Problem(f"{name} and {twin} of question {number} would be the same run: "
+                              "leave out the flag or setting that makes them so, or run one "
+                              "experiment without --question", status=2)
     return plans
 
 
@@ -747,7 +748,7 @@ def run_all(plan, experiment, train, data, dtype):
                 save_record(record, results_folder(flags))
         except KeyboardInterrupt as interrupt:
             kept = (f"after epoch {run.epoch}: the same command with --resume goes on from there"
-                    if run.epoch else "before it went on: its checkpoint is as it was"
+                    if run.epoch else "before it went on: the same command does so"
                     if run.interrupted else "in its first epoch, of which nothing is kept")
             raise KeyboardInterrupt(f"interrupted {kept}") from interrupt
         except (Diverged, MemoryError, RuntimeError) as problem:
@@ -1083,7 +1084,7 @@ def write_page(script, flags, questions, claims, experiment, data=None):
 def colophon(records):
     """Data, machines and code behind the records of a page, as lines of Markdown."""
     def several(of):
-        return "; ".join(f"{what} ({count} runs)" for what, count in sorted(
+        return "; ".join(f"{what} ({count} run{'s' * (count > 1)})" for what, count in sorted(
             Counter(map(of, records)).items()))
 
     def machine(record):
@@ -1162,7 +1163,7 @@ LIMITS = {  # flag: its possible names, or what is possible in words and as a te
                     ("at least 1, or None", lambda value: value is None or value >= 1)),
     "seeds": ("a number of seeds such as 3, or a list such as 0,5,7",
               re.compile(r"[1-9]\d{0,3}|\d{1,9}(,\d{1,9})+").fullmatch),
-    "device": ("auto, cpu or cuda[:N]", re.compile(r"auto|cpu|cuda(:\d\d?)?").fullmatch),
+    "device": ("auto, cpu or cuda[:N]", re.compile(r"auto|cpu|cuda(:(\d|[1-9]\d))?").fullmatch),
 }
 
 
@@ -1452,8 +1453,9 @@ def load_image_folder(dataset, size, device):
     if left_out := describe_left_out(folder / "train", folder / "test"):
         print(f"{folder}: {left_out}")
     readable = readable_suffixes()
-    loose = sorted(path.name for part in ("train", "test") for path in (folder / part).iterdir()
-                   if path.suffix.lower() in readable and not HIDDEN(path.name) and path.is_file())
+    loose = [f"{part}/{path.name}" for part in ("train", "test")
+             for path in sorted((folder / part).iterdir())
+             if path.suffix.lower() in readable and not HIDDEN(path.name) and path.is_file()]
     if loose:
         names = ", ".join(loose[:3]) + ", ..." * (len(loose) > 3)
         print(f"{folder}: left out as in no folder of a class: {names}")
@@ -1994,11 +1996,21 @@ def find_interrupted(run):
             return state
     elif run.flags.resume:
         print(f"There is no {run.latest.name} yet: starting at epoch 1")
+    stopped = has_stopped_early(run)
     for path in (run.latest, run.best):
         with contextlib.suppress(FileNotFoundError):  # another process has renamed it
             if path.exists():
-                set_aside(path, run)
+                set_aside(path, run, stopped)
     return None
+
+
+def has_stopped_early(run):
+    """Whether the latest checkpoint, and so the best model beside it, is of a run that is over."""
+    try:
+        state = load_checkpoint(run.latest)
+        return run.flags.earlystop and state["epoch"] - state["best_epoch"] >= run.flags.patience
+    except (Problem, *MALFORMED):
+        return False
 
 
 def why_not_resumable(state, run):
@@ -2014,7 +2026,7 @@ def why_not_resumable(state, run):
         flags = run.flags
         theirs, ours = parts(state["recipe"], state["seed"]), parts(run.recipe, flags.seed)
         names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-        if flags.earlystop and flags.patience < state["recipe"]["flags"]["patience"]:
+        if flags.earlystop and longest_wait(state["history"], flags.monitor) > flags.patience:
             names.append("--patience")
         names += ["precision"] * (flags.precision not in ("auto", state["precision"]))
         if names:
@@ -2024,18 +2036,25 @@ def why_not_resumable(state, run):
         return "is of another form"
 
 
+def longest_wait(history, monitor):
+    """The most epochs from one that was the best so far to the next, or to the last: with less
+    patience the run would have ended before."""
+    scores = [-loss for loss in history["val_loss"]] if monitor == "loss" else (
+        history["val_accuracy"])
+    best = [i for i, score in enumerate(scores) if score > max(scores[:i], default=-math.inf)]
+    return max(np.diff([*best, len(scores) - 1]))
+
+
 UNREADABLE = "cannot be read"
 
 
-def set_aside(path, run, seconds=600):
+def set_aside(path, run, stopped, seconds=600):
     """Before a new run takes the place of a checkpoint, rename it if anything would be lost: it is
-    of another experiment, longer, or more than these seconds of an unfinished run."""
+    of another experiment, longer, or more than these seconds of a run that is not over (stopped:
+    early)."""
     try:
         state = load_checkpoint(path)
         reason = why_not_resumable(state, run)
-        # a best model has no best epoch: the latest checkpoint, which holds it, tells for both
-        stopped = run.flags.earlystop and (
-            state["epoch"] - state.get("best_epoch", -math.inf) >= run.flags.patience)
         if state["epoch"] < run.flags.num_epochs and not stopped:
             reason = reason or "is not finished" * (sum(state["history"]["seconds"]) > seconds)
     except (Problem, *MALFORMED):
@@ -2168,8 +2187,8 @@ def predict(flags, name, build, device, dtype):
             logits = model(image.to(device).float().div(255).sub(mean).div(std))
         probability, label = logits.float().softmax(dim=1).max(dim=1)
         print(f"{path}: {classes[label]} {probability.item():.1%}")
-        if named := next((place.name for place in path.parents if place.name in classes
-                          and place.is_relative_to(folder)), None):
+        places = (*path.relative_to(folder).parts[:-1], folder.resolve().name)
+        if named := next((place for place in places if place in classes), None):
             right.append(named == classes[label])
     if right:
         print(f"As their folder is named: {sum(right):,} of {len(right):,} images, "

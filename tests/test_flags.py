@@ -56,7 +56,7 @@ def test_values_from_the_command_line():
     "--dropout=1.5", "--dropout=1", "--dropout=nan", "--dropout=a", "--num_epochs=0",
     "--num_epochs=2.5", "--batch_size=0", "--learning_rate=0", "--learning_rate=inf", "--reg=-1",
     "--patience=0", "--seed=-1", "--norm_flag=maybe", "--augmentation=flip", "--augmentation=",
-    "--device=gpu", "--device=cuda:256", "--precision=float8", "--monitor=test",
+    "--device=gpu", "--device=cuda:256", "--device=cuda:07", "--precision=float8", "--monitor=test",
     "--num_training=0", "--unknown=1", "--norm", "positional", "--dataset=", "--predict=",
     "--num_validation=0", "--image_size=8"])
 def test_a_wrong_flag_is_one_sentence_and_code_2(argument):

@@ -88,7 +88,7 @@ def test_no_row_of_a_table_is_another_run_than_it_says(script, question, flag):
 
 
 def test_two_rows_of_a_table_are_never_the_same_run():
-    with pytest.raises(utils.Problem, match="with --pretrained two runs of question 4b would be"):
+    with pytest.raises(utils.Problem, match="Model 1 .* and Model 2 .* of question 4b would"):
         planned(ex3_pretrained, "--question=4b", "--pretrained=False")
 
 

@@ -238,12 +238,17 @@ def test_another_angle_of_the_same_technique_is_another_experiment(
     assert len(epochs) == 2 + 2
 
 
-def test_with_less_patience_a_run_may_have_ended_before(small, epochs, capsys):
-    with interrupted(3):
-        ex3_convnet.main([*FULL, "--patience=6"])
-    ex3_convnet.main([*FULL, "--patience=5", "--resume"])
+def test_with_less_patience_a_run_would_have_ended_before(small, epochs, scripted, capsys):
+    scripted.update(enumerate([5.0, 5.5, 5.2, 4.0, 3.0, 2.0], start=1))  # a wait of three epochs
+    argv = [*FULL, "--monitor=loss"]
+    with interrupted(6):
+        ex3_convnet.main([*argv, "--patience=5"])
+    with interrupted(1):
+        ex3_convnet.main([*argv, "--patience=3", "--resume"])
+    assert "Resumed after epoch 5" in capsys.readouterr().out
+    ex3_convnet.main([*argv, "--patience=2", "--resume"])
     assert "is of another experiment (--patience): kept as" in capsys.readouterr().out
-    assert len(epochs) >= 3 + 5
+    assert len(epochs) == 6 + 1 + 3
 
 
 def test_more_epochs_and_another_patience_are_not_another_experiment(small, capsys):
@@ -317,6 +322,16 @@ def test_a_run_that_stopped_early_is_finished_however_long_it_took(small, script
     ex3_convnet.main(argv)
     assert capsys.readouterr().out.count("will be replaced") == 2
     assert set(small.glob("*.ckpt")) == paths
+
+    scripted.update({2: 4.0, 3: 3.0, 4: 6.0})  # it goes on: both are worth keeping
+    with interrupted(3):
+        ex3_convnet.main(argv)
+    for path in paths:
+        state = utils.load_checkpoint(path)
+        state["history"]["seconds"] = [7200.0] * state["epoch"]
+        utils.save_checkpoint(path, state)
+    ex3_convnet.main(argv)
+    assert capsys.readouterr().out.count("is not finished: kept as") == 2
 
 
 def test_a_checkpoint_that_cannot_be_read_is_kept_by_a_run_that_starts_anew(small, capsys):
