@@ -2006,9 +2006,11 @@ def find_interrupted(run):
 
 def has_stopped_early(run):
     """Whether the latest checkpoint, and so the best model beside it, is of a run that is over."""
+    if not run.flags.earlystop:
+        return False  # without reading the file
     try:
         state = load_checkpoint(run.latest)
-        return run.flags.earlystop and state["epoch"] - state["best_epoch"] >= run.flags.patience
+        return state["epoch"] - state["best_epoch"] >= run.flags.patience
     except (Problem, *MALFORMED):
         return False
 

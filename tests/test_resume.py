@@ -20,6 +20,15 @@ def kept(folder, *names):
     return path
 
 
+def take_hours(paths):
+    """Let these checkpoints tell of two hours for each epoch. Returns the last one's state."""
+    for path in paths:
+        state = utils.load_checkpoint(path)
+        state["history"]["seconds"] = [7200.0] * state["epoch"]
+        utils.save_checkpoint(path, state)
+    return state
+
+
 # -------------------------------------- the same to the bit --------------------------------------
 
 
@@ -291,9 +300,7 @@ def test_hours_of_training_that_will_not_be_repeated_are_not_replaced(small, epo
     with interrupted(2):
         ex3_convnet.main(SHORT)
     path = small / LATEST
-    state = utils.load_checkpoint(path)
-    state["history"]["seconds"] = [7200.0]
-    utils.save_checkpoint(path, state)
+    state = take_hours([path])
     good = path.read_bytes()
     ex3_convnet.main(SHORT)
     renamed = kept(small, LATEST)
@@ -315,10 +322,7 @@ def test_a_run_that_stopped_early_is_finished_however_long_it_took(small, script
     argv = [*FULL, "--monitor=loss", "--patience=1"]
     ex3_convnet.main(argv)
     paths = set(small.glob("*.ckpt"))
-    for path in paths:
-        state = utils.load_checkpoint(path)
-        state["history"]["seconds"] = [7200.0] * state["epoch"]
-        utils.save_checkpoint(path, state)
+    take_hours(paths)
     ex3_convnet.main(argv)
     assert capsys.readouterr().out.count("will be replaced") == 2
     assert set(small.glob("*.ckpt")) == paths
@@ -326,10 +330,7 @@ def test_a_run_that_stopped_early_is_finished_however_long_it_took(small, script
     scripted.update({2: 4.0, 3: 3.0, 4: 6.0})  # it goes on: both are worth keeping
     with interrupted(3):
         ex3_convnet.main(argv)
-    for path in paths:
-        state = utils.load_checkpoint(path)
-        state["history"]["seconds"] = [7200.0] * state["epoch"]
-        utils.save_checkpoint(path, state)
+    take_hours(paths)
     ex3_convnet.main(argv)
     assert capsys.readouterr().out.count("is not finished: kept as") == 2
 
