@@ -1386,7 +1386,7 @@ def plot_run(flags, results, folder):
     its seeds; the title names what was given on the command line."""
     given = " ".join(f"--{name}={getattr(flags, name)}"
                      for name in sorted(flags.given & flags.counting - {"seed"}))
-    for record in results["none"][""]:
+    for record in results[""]:
         if record["seed"] in range(flags.seed, flags.seed + flags.seeds):
             title = record["title"] + f" ({given})" * bool(given)
             name = record_name(record["title"], record["identity"], record["seed"])
