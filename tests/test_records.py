@@ -1,0 +1,279 @@
+"""The identity of a run, and what is read from a folder of records."""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, TINY, parse, random_weights, records_in, tiny_features, vgg_features
+
+import ex3_convnet
+import ex3_pretrained
+import utils
+
+ARGV = [*TINY, "--num_epochs=1"]
+GROUP = "# --- training recipe"
+MODEL = "self.layers = nn.Sequential(*layers, nn.Flatten(), head)"
+OPTIMIZER = "return optimizer, scheduler"
+GELU = ("nn.ReLU(inplace=True)", "nn.GELU()")
+
+
+def edited(folder, *changes):
+    """The convnet's script with these changes (old, new) of its source, as a module."""
+    source = (ROOT / "ex3_convnet.py").read_text(encoding="utf-8")
+    for old, new in (*changes, ("(128, 512, 512, 512, 512)", "(8, 8, 8, 8, 8)")):
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    path = folder / "ex3_convnet.py"
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("edited", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def identity(*argv, script=ex3_convnet):
+    """The identity of a run, from its record, which is the only one."""
+    shutil.rmtree(utils.FOLDER / "figures", ignore_errors=True)
+    script.main([*ARGV, *argv])
+    record, = records_in(utils.FOLDER)
+    return record["identity"]
+
+
+def change(path, **parts):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **parts}))
+
+
+def page(folder):
+    path, = folder.glob("figures/*/*/README.md")
+    return path.read_text(encoding="utf-8")
+
+
+# ------------------------------------------- identity -------------------------------------------
+
+
+def test_the_identity_holds_all_that_decides_what_a_run_computes(small):
+    found = identity("--norm_flag", "--augmentation=rotation+horizontal_flip", "--seed=5")
+    layers = found.pop("layers")
+    _, images, labels, _ = utils.draw_synthetic()
+    digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    adam = {"name": "Adam", "lr": 0.002, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.001}
+    assert found == {
+        "script": "ex3_convnet", "precision": "float32",
+        "settings": {
+            "norm_flag": True, "augmentation": "rotation+horizontal_flip", "patience": 10,
+            "monitor": "accuracy", "num_epochs": 1, "batch_size": 20, "learning_rate": 0.002,
+            "learning_rate_decay": 0.95, "reg": 0.001, "num_training": 60, "num_validation": 20,
+            "image_size": 32},
+        "optimizer": [{**adam, "initial_lr": 0.002}],
+        "schedule": {"name": "ExponentialLR", "gamma": 0.95, "base_lrs": [0.002]},
+        "augmentation": {"rotation": {"degrees": 45}, "horizontal_flip": {"dim": 3, "p": 0.5}},
+        "normalization": [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]],
+        "data": {"fingerprint": digest[:16], "train": 60, "val": 20, "test": 100}}
+    block = ["Conv2d", "BatchNorm2d", "MaxPool2d", "ReLU"]
+    assert [layer["class"] for layer in layers] == [
+        "ConvNet", "Sequential", *5 * block, "Flatten", "Linear"]
+    assert layers[3] == {"layer": "layers.1", "class": "BatchNorm2d", "num_features": 8,
+                         "eps": 1e-5, "momentum": 0.1, "affine": True, "track_running_stats": True}
+
+
+@pytest.mark.parametrize("changes", [
+    [("dropout = 0  #", "dropout: float = 0.0  #")], [("reg = 1e-3  #", "reg: float = 0.001  #")],
+    [("earlystop = False  #", "earlystop = None  #")],
+    [("num_epochs = 20  #", "num_epochs = 2e1  #")],
+    [(GROUP, f'mixup = False  # mine\nwarm = None\nsmooth = 0.0\nsampler = "none"\n{GROUP}')],
+    [("results =", "verbosity = 5  # mine\nresults =")],
+    [("CHANNELS = (", "limit = 3\nCHANNELS = (")],
+    # what another version of PyTorch knows of, but is off
+    [(MODEL, f"{MODEL}\n        for layer in self.modules():\n            layer.novel = False\n"
+             "            vars(layer).pop('ceil_mode', None)\n            layer.other = None"),
+     ("return self.layers(images)", "for layer in self.modules():\n            layer.ceil_mode = "
+      "False\n        return self.layers(images)")],
+    [(OPTIMIZER, "optimizer.param_groups[0]['novel'] = scheduler.novel = False\n    "
+                 f"scheduler._state = 3\n    {OPTIMIZER}")]])
+def test_what_is_off_or_changes_no_result_is_no_part_of_the_identity(small, changes):
+    assert identity(script=edited(small, *changes)) == identity()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--seed=1"], ["--device=cpu"], ["--deterministic"], ["--resume"], ["--question=1"],
+    ["--results=mine", "--results=figures"], ["--dropout=0.0"], ["--reg=1e-3"]])
+def test_where_and_how_a_run_computes_is_no_part_of_its_identity(small, flags):
+    assert identity(*flags) == identity()
+
+
+@pytest.mark.parametrize("changes", [
+    [GELU], [(MODEL, f"layers[0].padding_mode = 'reflect'\n        {MODEL}")],
+    [("torch.optim.Adam(", "torch.optim.AdamW(")], [("fused=True", "fused=True, betas=(0.8, 0.9)")],
+    [("ExponentialLR(optimizer, flags", "StepLR(optimizer, 5, flags")],
+    [("(0.5, 0.5, 0.5), (0.5", "(0.5, 0.5, 0.4), (0.5")],
+    [("(0.5, 0.5, 0.5), (0.5", "(0.5, 0.5, 0.5), (0.2")],
+    [(GROUP, f"mixup = True  # mine\n{GROUP}")], [("dropout = 0  #", "dropout = .1  #")]])
+def test_an_edit_of_what_is_computed_is_another_run(small, changes):
+    assert identity(script=edited(small, *changes)) != identity()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--norm_flag"], ["--batch_size=30"], ["--augmentation=rotation"], ["--num_epochs=2"],
+    ["--earlystop"], ["--num_training=50"], ["--num_validation=19"], ["--image_size=64"]])
+def test_a_setting_is_another_run(small, flags):
+    assert identity(*flags) != identity()
+
+
+def test_parameters_of_an_augmentation_count_where_it_is_used(small, monkeypatch):
+    before = identity("--augmentation=rotation")
+    monkeypatch.setitem(utils.AUGMENTATIONS, "scaling", partial(utils.scale, low=0.5, high=0.7))
+    assert identity("--augmentation=rotation") == before
+    monkeypatch.setitem(utils.AUGMENTATIONS, "rotation", partial(utils.rotate, degrees=15))
+    assert identity("--augmentation=rotation") != before
+
+
+def test_a_pixel_of_the_data_counts(small, monkeypatch):
+    before, drawn = identity(), utils.draw_synthetic()
+    drawn[1][7, 3, 2, 1] ^= 1
+    monkeypatch.setattr(utils, "draw_synthetic", lambda: drawn)
+    assert identity() != before
+
+
+def test_of_pretrained_weights_the_content_counts_and_not_the_place(
+        small, weights_file, tmp_path):
+    def of(path):
+        return identity(f"--pretrained={path}", script=ex3_pretrained)
+
+    before, moved = of(weights_file), tmp_path / "moved.pth"
+    shutil.copy(weights_file, moved)
+    assert of(moved) == before
+    assert before["weights"] == hashlib.sha256(moved.read_bytes()).hexdigest()[:16]
+    torch.save(random_weights(tiny_features(), seed=2), moved)
+    assert of(moved) != before
+    assert "weights" not in identity("--pretrained=none", script=ex3_pretrained)
+
+
+def test_precision_counts_where_it_is_asked_for_by_name(small):
+    assert "precision" not in identity("--precision=auto")
+    found = [identity(f"--precision={name}") for name in ("float32", "bfloat16")]
+    assert [of.pop("precision") for of in found] == ["float32", "bfloat16"]
+    assert found[0] == found[1] == identity("--precision=auto")
+
+
+@pytest.mark.parametrize("script", [ex3_convnet, ex3_pretrained])
+def test_a_run_of_today_has_the_identity_of_the_published_one(script, monkeypatch, capsys):
+    """Rebuilt from the script and the settings; a further seed stands in the same row."""
+    monkeypatch.setattr(ex3_pretrained, "vgg11_bn",
+                        lambda: SimpleNamespace(features=vgg_features()))
+    folder = ROOT / "figures/published/cifar-10" / parse(script=script).script / "records"
+    plan = utils.make_plan(parse("--redraw", script=script), script.QUESTIONS)
+    records, further = utils.load_records(folder), {}
+    assert len(records) == len([*folder.iterdir()]) >= 18
+    for record in records:
+        known = record["identity"]
+        title = utils.record_name(record["title"], known, "")
+        assert (folder / f"{title}{record['seed']}.json").exists()
+        if title in further:
+            assert known == further[title]["identity"]
+            continue
+        further[title] = {**record, "seed": 99, "finished": datetime.now(UTC).isoformat()}
+        flags = parse(script=script)
+        off = {name: "none" if isinstance(vars(flags)[name], str) else type(vars(flags)[name])()
+               for name in flags.counting}
+        flags = flags.replace(**off | known["settings"])
+        if script is ex3_pretrained:
+            flags.pretrained = "weights.pth" if "weights" in known else "none"
+        model = script.build(flags, len(record["classes"]))
+        data = SimpleNamespace(
+            fingerprint=known["data"]["fingerprint"], mean=torch.tensor(script.MEAN),
+            std=torch.tensor(script.STD),
+            **{part: range(known["data"][part]) for part in ("train", "val", "test")})
+        assert known == utils.make_identity(flags, data, known.get("weights"), model,
+                                            *script.make_optimizer(model, flags)), title
+    shown = utils.find_results(plan, [*records, *further.values()])
+    rows = [found for runs in shown.values() for found in runs.values()]
+    assert len(rows) == sum(map(len, plan.values()))
+    assert all([record["seed"] for record in row] == [*range(len(row) - 1), 99] for row in rows)
+    assert capsys.readouterr().err == ""
+
+
+# --------------------------------------------- files ---------------------------------------------
+
+
+def test_each_seed_of_an_identity_has_one_file(small):
+    for seed in 0, 1, 0:
+        ex3_convnet.main([*ARGV, f"--seed={seed}"])
+    first, second = small.glob("figures/*/*/records/*")
+    assert {first.name[-10:], second.name[-10:]} == {"seed0.json", "seed1.json"}
+    assert first.name[:-10] == second.name[:-10]
+    finished = datetime.fromisoformat(json.loads(first.read_text())["finished"])
+    assert finished.utcoffset() == timedelta(0)
+    assert abs(datetime.now(UTC) - finished) < timedelta(minutes=5)
+
+
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", "{}", "3", "null", '{"recipe": 3}', "\0\1", '{"title": "ConvNet", "seed": 0}'])
+def test_a_damaged_or_foreign_file_is_named_and_left_out(small, capsys, content):
+    path = small / "figures/synthetic-60/ex3_convnet/records/convnet.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert len(ex3_convnet.main(ARGV)) == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path} is left out")
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("mine_is_later", [True, False])
+def test_of_two_networks_with_the_same_settings_the_latest_counts(small, capsys, mine_is_later):
+    """By UTC; the other is named in one line. No setting tells them apart."""
+    for script in ex3_convnet, edited(small, GELU):
+        script.main([*ARGV, "--question=2a", "--seeds=2"])
+    for path in small.glob("figures/*/*/records/*"):
+        gelu = "GELU" in path.read_text()
+        change(path, finished=f"2026-01-0{1 + (gelu == mine_is_later)}T00:00:00+00:00")
+    capsys.readouterr()
+    shown = ex3_convnet.main([*ARGV, "--question=2a", "--redraw"])
+    assert ["GELU" in str(record["identity"]) for record in shown] == 4 * [mine_is_later]
+    lines = capsys.readouterr().err.splitlines()
+    assert all(": 2 records with these settings are of another network" in line for line in lines)
+    assert {line.split(":")[0] for line in lines} == {"ConvNet", "ConvNet, batch norm"}
+    assert len(lines) == 2
+
+
+def test_records_of_several_machines_stand_in_one_row(small):
+    """Without a precision by name: seeds of five other people, put into one folder."""
+    argv = [*ARGV, "--question=2a", "--precision=auto"]
+    ex3_convnet.main(argv)
+    for path in [*small.glob("figures/*/*/records/*")]:
+        for seed in range(1, 6):
+            copy = path.with_name(path.name.replace("seed0", f"seed{seed}"))
+            shutil.copy(path, copy)
+            identity = json.loads(path.read_text())["identity"]
+            identity["settings"] = dict(reversed(identity["settings"].items()))
+            change(copy, seed=seed, device=f"GPU {seed % 2}", precision="float16", torch="2.11.0",
+                   commit="abc1234", compile=True, identity=identity)
+    assert len(ex3_convnet.main([*argv, "--redraw"])) == 12
+    lines = page(small).splitlines()
+    assert [line[-4:] for line in lines if line.startswith("| with")] == ["| 6 |", "| 6 |"]
+    caption = next(line for line in lines if "Accuracies are in %" in line)
+    assert ", 6 seeds; " in caption
+    assert "float16" in caption
+    assert "3 kinds of machine" in caption
+
+
+def test_what_an_older_record_lacks_is_shown_as_a_dash(small):
+    argv = [*ARGV, "--question=2a", "--seeds=4"]
+    ex3_convnet.main(argv)
+    for path in small.glob("figures/*/*/records/*norm*"):
+        record = json.loads(path.read_text())
+        del record["compile"], record["commit"], record["pretrained"]
+        del record["result"]["test_accuracy_recalibrated"], record["result"]["test_accuracy"]
+        path.write_text(json.dumps(record))
+    ex3_convnet.main([*argv, "--redraw"])
+    row = next(line for line in page(small).splitlines() if line.startswith("| with batch norm"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[4] == cells[6] == "–"
+    assert "–" not in cells[1] + cells[2] + cells[5]
+    assert "Batch norm is better" not in page(small)  # it is not measured
+    assert np.isfinite(float(cells[1].split(" ")[0]))
