@@ -6,6 +6,7 @@ Edit the settings below, or give them on the command line:
 """
 
 import copy
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -255,10 +256,10 @@ CLAIMS = [  # question, claim, the first, over each of the others by how many po
     Claim("3b", "At dropout 0.9 the network is at chance", "dropout 0.9", [10.0], below=2,
           report="validation 10.3", report_lead=0.3),
     # what the report leaves open
-    Claim("3a", "Open: a network of scaled images is better on scaled ones",
+    Claim("3a", "Open: a network of scaled images is better on scaled ones (validation)",
           ("scaling", "val_accuracy_augmented"), [("scaling", "val_accuracy")], above=0,
           report="76.7, and not on which"),
-    *(Claim("3b", f"Open: re-estimated statistics help at dropout {rate}",
+    *(Claim("3b", f"Open: re-estimated statistics help at dropout {rate} (validation)",
             (f"dropout {rate}", "val_accuracy_recalibrated"), [(f"dropout {rate}", "val_accuracy")],
             above=0) for rate in (0.6, 0.7, 0.8, 0.9)),
 ]
@@ -349,8 +350,8 @@ def plot_augmented_images(data, path, count=10):
             axis.set(xticks=[], yticks=[], frame_on=False)
         values = getattr(utils.AUGMENTATIONS.get(name), "keywords", {})
         words = ", ".join(f"{key} {value:g}" for key, value in values.items() if key != "dim")
-        row[0].set_ylabel(f"{name}\n{words}" if augment else "original", rotation=0, ha="right",
-                          va="center", fontsize=9)
+        words = f"{name}\n{textwrap.fill(words, 30)}" if augment else "original"
+        row[0].set_ylabel(words, rotation=0, ha="right", va="center", fontsize=9)
     utils.save_figure(figure, f"The augmentation techniques on {data.name}", path)
 
 

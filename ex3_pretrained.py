@@ -99,7 +99,7 @@ class VGG(nn.Module):
 def build(flags, num_classes):
     """The network of the flags, with initial weights; the pretrained ones come later."""
     model = VGG(flags.fine_tune, flags.frozen_norm, num_classes)
-    if not flags.pretrained:
+    if flags.pretrained == "none":
         start_from_scratch(model)
     return model
 

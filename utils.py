@@ -894,7 +894,7 @@ def load_records(folder):
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            assert {"title", "seed", "identity", "result", "history", "finished"} <= record.keys()
+            assert {"title", "seed", "identity", "result", "history", "pretrained"} <= record.keys()
             records.append(record)
         except (OSError, ValueError, AttributeError, AssertionError):
             print(f"{path} is left out: it is no record of a run, or damaged", file=sys.stderr)
@@ -1039,17 +1039,17 @@ def table_lines(question, results, with_report):
 def caption(records):
     """Data, weights, seeds, arithmetic and machines behind a figure or a page."""
     def distinct(of, most=9):
-        names = sorted({str(of(record)) for record in records} - {"None", "none"})
+        names = sorted({of(record) for record in records} - {"none"})
         return " and ".join(names) if len(names) <= most else f"{len(names)} kinds of machine"
 
     counts = Counter(str(record["identity"]) for record in records).values()  # the seeds of a run
-    counts = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    seeds = f"seed {records[0]['seed']}" if len(records) == 1 else f"{counts} seeds"
-    weights = distinct(lambda record: record.get("pretrained"))
-    return (f"{records[0]['data']}, {distinct(lambda r: r['identity']['data']['train'])} training "
-            f"images, {f'pretrained: {weights}, ' if weights else ''}{seeds}; "
-            f"{distinct(lambda r: r['precision'])}, "
-            + distinct(lambda r: r["device"].split(",")[0], most=2))
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)}))) + " seeds"
+    images = distinct(lambda record: f"{record['identity']['data']['train']:,} training images")
+    parts = [records[0]["data"], images, distinct(lambda record: record["pretrained"]),
+             f"seed {records[0]['seed']}" if len(records) == 1 else seeds,
+             distinct(lambda record: record["precision"]),
+             distinct(lambda record: record["device"].split(",")[0], most=2)]
+    return ", ".join(part for part in parts if part)
 
 
 # ==================== what the seeds say ====================

@@ -1,6 +1,5 @@
 """Training: the network, an epoch and a run against plain loops, statistics, early stopping."""
 
-import copy
 import itertools
 import re
 from functools import partial
@@ -19,10 +18,13 @@ import ex3_pretrained
 import utils
 from ex3_convnet import ConvNet
 
+CPU, FLOAT32 = torch.device("cpu"), torch.float32
+
 
 @pytest.fixture
 def data(few, folder):
-    return utils.load_data(parse(*TINY), (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+    """60 training, 20 validation and 100 test images for the convnet."""
+    return utils.load_data(parse(*TINY), (0.5,) * 3, (0.5,) * 3, CPU)
 
 
 def plain_batch(data, indices):
@@ -30,55 +32,35 @@ def plain_batch(data, indices):
 
 
 def plain_evaluate(model, data, indices):
-    """Mean loss and accuracy in eval mode, image by image; with the confusion matrix."""
-    model.eval()
+    """Mean loss, accuracy and confusion matrix in eval mode, image by image."""
     losses, confusion = [], torch.zeros(10, 10, dtype=torch.int64)
     for i in indices:
         image, label = plain_batch(data, i[None])
-        logits = model(image)
+        logits = model.eval()(image)
         losses.append(F.cross_entropy(logits, label).item())
         confusion[label, logits.argmax()] += 1
-    return (pytest.approx(sum(losses) / len(losses), rel=1e-5),
-            confusion.trace().item() / len(losses), confusion.tolist())
+    mean = pytest.approx(np.mean(losses), rel=1e-5)
+    return mean, confusion.trace().item() / len(losses), confusion.tolist()
 
 
-# ------------------------------------------ the network ------------------------------------------
-
-
-@pytest.mark.parametrize(("norm_flag", "size"), [(False, 7_678_474), (True, 7_682_826)])
-def test_the_network_has_the_reports_size_as_torchsummary_counts_it(norm_flag, size, capsys):
-    model = ConvNet(norm_flag)
+@pytest.mark.parametrize(("norm_flag", "dropout", "size"), [
+    (False, 0, 7_678_474), (True, 0, 7_682_826), (False, 0.3, 7_678_474), (True, 0.3, 7_682_826)])
+def test_layers_and_size_are_the_reports_as_torchsummary_counts_it(
+        norm_flag, dropout, size, capsys):
+    model = ConvNet(norm_flag, dropout)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == size
     summary(model.eval(), (3, 32, 32), device="cpu")
     assert f"Trainable params: {size:,}\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("norm_flag", [False, True])
-@pytest.mark.parametrize("dropout", [0, 0.3])
-def test_the_order_of_the_layers(norm_flag, dropout):
-    layers = list(ConvNet(norm_flag, dropout).layers)
     block = [nn.Conv2d, *[nn.BatchNorm2d] * norm_flag, nn.MaxPool2d, nn.ReLU,
              *[nn.Dropout] * (dropout > 0)]
-    assert [type(layer) for layer in layers] == block * 5 + [nn.Flatten, nn.Linear]
+    assert [type(layer) for layer in model.layers] == block * 5 + [nn.Flatten, nn.Linear]
     convolutions = [(layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
-                    for layer in layers if isinstance(layer, nn.Conv2d)]
+                    for layer in model.layers if isinstance(layer, nn.Conv2d)]
     assert convolutions == [(n, (3, 3), (1, 1), (1, 1)) for n in (128, 512, 512, 512, 512)]
-    assert all(layer.p == dropout for layer in layers if isinstance(layer, nn.Dropout))
-
-
-def test_only_the_head_has_initial_weights_of_its_own():
-    torch.manual_seed(0)
-    model = ConvNet()
+    assert {layer.p for layer in model.layers if isinstance(layer, nn.Dropout)} <= {dropout}
+    assert ConvNet(num_classes=2, image_size=63)(torch.zeros(3, 3, 63, 63)).shape == (3, 2)
     assert model.layers[-1].weight.std().item() == pytest.approx(1e-3, rel=0.05)
     assert not model.layers[-1].bias.any()
-    torch.manual_seed(0)
-    assert torch.equal(model.layers[0].weight, nn.Conv2d(3, 128, 3).weight)
-
-
-@pytest.mark.parametrize(("size", "classes"), [(32, 10), (63, 2), (64, 3)])
-def test_shapes(small_convnet, size, classes):
-    model = ConvNet(num_classes=classes, image_size=size)
-    assert model(torch.zeros(2, 3, size, size)).shape == (2, classes)
 
 
 def test_a_run_shows_its_summary_which_changes_nothing(small, monkeypatch, capsys):
@@ -86,9 +68,6 @@ def test_a_run_shows_its_summary_which_changes_nothing(small, monkeypatch, capsy
     assert f"Trainable params: {record['result']['model_size']:,}\n" in capsys.readouterr().out
     monkeypatch.setattr(ex3_convnet, "summary", lambda *_, **__: None)
     assert comparable(ex3_convnet.main([*TINY, "--norm_flag"])) == comparable([record])
-
-
-# ------------------------------------------- an epoch -------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(10, [4, 4, 2]), (9, [4, 5]), (1, [1]), (4, [4])])
@@ -101,17 +80,17 @@ def test_batches_hold_every_image_once_and_no_last_one_is_alone(count, sizes):
 
 def draws(seed, epoch):
     """All that is random in an epoch, as numbers: order, augmentation of both sets, dropout."""
-    order, augment, augment_val = utils.seed_epoch(seed, epoch, "rotation+color_jitter")
+    order, *augments = utils.seed_epoch(seed, epoch, "rotation+color_jitter")
     images = torch.linspace(0, 1, 5 * 3 * 8 * 8).view(5, 3, 8, 8)
-    return [torch.randperm(99, generator=order).tolist(), augment(images).tolist(),
-            augment_val(images).tolist(), F.dropout(torch.ones(99)).tolist()]
+    return [torch.randperm(99, generator=order).tolist(), F.dropout(torch.ones(99)).tolist(),
+            *(augment(images).tolist() for augment in augments)]
 
 
 def test_what_is_random_in_an_epoch_depends_on_seed_and_epoch_only():
     first = draws(0, 1)
     torch.rand(7)
     assert draws(0, 1) == first
-    assert first[1] != first[2]
+    assert first[2] != first[3]
     for other in draws(0, 2), draws(1, 1), draws(1, 0):
         assert all(a != b for a, b in zip(first, other))
 
@@ -119,8 +98,7 @@ def test_what_is_random_in_an_epoch_depends_on_seed_and_epoch_only():
 def test_a_run_is_that_of_its_seed_whatever_ran_before(small):
     argv = [*TINY, "--dropout=0.2", "--augmentation=rotation"]
     several = ex3_convnet.main([*argv, "--seeds=2"])
-    alone = ex3_convnet.main([*argv, "--seed=1"])
-    assert comparable(alone) == comparable(several)
+    assert comparable(ex3_convnet.main([*argv, "--seed=1"])) == comparable(several)
     assert several[0]["history"]["train_loss"] != several[1]["history"]["train_loss"]
     assert several[0]["filters"]["before"] != several[1]["filters"]["before"]
 
@@ -149,55 +127,23 @@ def test_a_run_equals_a_plain_loop(small, data):
             losses += [loss.item()] * len(labels)
             right += (logits.argmax(1) == labels).sum().item()
         history = {name: values[epoch] for name, values in record["history"].items()}
-        assert history["train_loss"] == pytest.approx(sum(losses) / 60, rel=1e-5)
+        assert history["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
         assert history["train_accuracy"] == right / 60
         expected = plain_evaluate(model, data, torch.arange(60, 80))
         assert (history["val_loss"], history["val_accuracy"]) == expected[:2]
     _, accuracy, confusion = plain_evaluate(model, data, torch.arange(80, 180))
-    assert record["result"]["test_accuracy"] == accuracy
-    assert record["confusion"] == confusion
-
-
-def test_evaluate_is_a_mean_over_images_and_changes_nothing(small_convnet, data):
-    model, indices = ConvNet(True, 0.5).train(), data.test.repeat(3)[:251]
-    before = copy.deepcopy(model.state_dict())
-    measured = utils.evaluate(model, data, indices, torch.float32)
-    assert comparable(model.state_dict()) == comparable(before)
-    assert measured == plain_evaluate(model, data, indices)[:2]
-
-
-def test_validating_on_augmented_images_changes_nothing_else(small, monkeypatch):
-    argv = [*TINY, "--augmentation=color_jitter", "--norm_flag", "--learning_rate=0.02"]
-    with_it, = ex3_convnet.main(argv)
-    evaluate = utils.evaluate
-    monkeypatch.setattr(utils, "evaluate", lambda *arguments: evaluate(*arguments[:4]))
-    without, = ex3_convnet.main(argv)
-    one, other = (comparable(record["history"]) for record in (with_it, without))
-    assert one.pop("val_accuracy_augmented") != other.pop("val_accuracy_augmented")
-    assert one == other
+    assert (record["result"]["test_accuracy"], record["confusion"]) == (accuracy, confusion)
 
 
 def test_float16_scales_the_loss_and_skips_a_step_that_overflows(small, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**21))
-    dtypes, forward = set(), ConvNet.forward
-
-    def watch(model, images):
-        logits = forward(model, images)
-        dtypes.update({logits.dtype} if model.training else ())
-        return logits
-
-    monkeypatch.setattr(ConvNet, "forward", watch)
     record, = ex3_convnet.main([*TINY, "--precision=float16", "--norm_flag"])
     state, = checkpoints_in(small).values()
     steps, = {int(part["step"]) for part in state["optimizer"]["state"].values()}
-    assert (record["precision"], dtypes) == ("float16", {torch.float16})
+    assert record["precision"] == "float16"
     assert 0 < steps < 2 * 3
     assert state["scaler"]["scale"] == 2.0**(21 - (2 * 3 - steps))
-    assert all(weight.dtype != torch.float16 and weight.isfinite().all()
-               for weight in state["model"].values())
-
-
-# --------------------------------------- the statistics ---------------------------------------
+    assert all(weight.isfinite().all() for weight in state["model"].values())
 
 
 def test_statistics_are_re_estimated_on_plain_images_with_dropout_off(small_convnet, data):
@@ -205,19 +151,18 @@ def test_statistics_are_re_estimated_on_plain_images_with_dropout_off(small_conv
     torch.manual_seed(0)
     model = ConvNet(norm_flag=True, dropout=0.8).train()
     model(data.batch(data.test)[0])
-    before = copy.deepcopy(model)
-    recalibrated = utils.recalibrate(model, data, torch.float32, batch_size=30)
-    assert comparable(model.state_dict()) == comparable(before.state_dict())
+    before = comparable(model.state_dict())
+    layers = utils.recalibrate(model, data, FLOAT32, batch_size=30).layers
+    assert comparable(model.state_dict()) == before
     assert all(layer.training for layer in model.modules())
     assert {layer.momentum for layer in model.layers if hasattr(layer, "momentum")} == {0.1}
 
-    expected = {layer: [] for layer in recalibrated.layers if isinstance(layer, nn.BatchNorm2d)}
+    expected = {layer: [] for layer in layers if isinstance(layer, nn.BatchNorm2d)}
     for part in data.train.split(30):
         x = plain_batch(data, part)[0]
-        for layer in recalibrated.layers[:-2]:
+        for layer in layers[:-2]:
             if layer in expected:
-                mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3))
-                expected[layer].append((mean, variance))
+                expected[layer].append((x.mean((0, 2, 3)), x.var((0, 2, 3))))
                 x = F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
             elif not isinstance(layer, nn.Dropout):
                 x = layer(x)
@@ -228,12 +173,11 @@ def test_statistics_are_re_estimated_on_plain_images_with_dropout_off(small_conv
 
 
 def test_only_statistics_of_layers_that_trained_are_re_estimated(tiny_vgg, data):
-    assert utils.recalibrate(ConvNet(), data, torch.float32) is None
-    for frozen_norm, kept in ("eval", True), ("train", False):
+    assert utils.recalibrate(ConvNet(), data, FLOAT32) is None
+    for frozen_norm in ("eval", "train"):
         model = ex3_pretrained.VGG(fine_tune=False, frozen_norm=frozen_norm)
-        recalibrated = utils.recalibrate(model, data, torch.float32)
-        assert torch.equal(model.features[1].running_mean,
-                           recalibrated.features[1].running_mean) == kept
+        recalibrated = utils.recalibrate(model, data, FLOAT32)
+        assert recalibrated.features[1].running_mean.any() == (frozen_norm == "train")
         assert recalibrated.head[1].running_mean.any()
 
 
@@ -241,26 +185,19 @@ def test_only_statistics_of_layers_that_trained_are_re_estimated(tiny_vgg, data)
     (ex3_convnet, [], False), (ex3_convnet, ["--norm_flag", "--dropout=0.5"], True),
     (ex3_pretrained, ["--pretrained=none"], True)])
 def test_a_run_with_batch_norm_tells_its_accuracies_with_re_estimated_statistics(
-        small, tiny_vgg, capsys, script, argv, trained):
-    argv = [*TINY, *argv, "--num_epochs=4", "--learning_rate=0.01"]
-    record, = script.main(argv)
-    found = {name: value for name, value in record["result"].items() if "recalibrated" in name}
-    told = re.search(r".*(?:recalibrated|re-estimated).*", capsys.readouterr().out)
-    if not trained:
-        assert (found, told) == ({}, None)
-        return
-    flags, state = parse(*argv, script=script), next(iter(checkpoints_in(small).values()))
-    data = utils.load_data(flags, script.MEAN, script.STD, torch.device("cpu"))
-    model = script.build(flags, 10)
-    model.load_state_dict(state["model"])  # the best, where there is one
-    recalibrated = utils.recalibrate(model, data, torch.float32)
+        small, tiny_vgg, monkeypatch, capsys, script, argv, trained):
+    made, recalibrate = [], utils.recalibrate
+    monkeypatch.setattr(utils, "recalibrate", lambda *arguments: made.append(
+        [recalibrate(*arguments), *arguments[1:]]) or made[0][0])
+    record, = script.main([*TINY, *argv, "--num_epochs=4", "--learning_rate=0.01"])
+    (model, data, dtype), = made
     expected = {f"{part}_accuracy_recalibrated": utils.evaluate(
-        recalibrated, data, getattr(data, part), torch.float32)[1] for part in ("val", "test")}
-    assert found == expected
+        model, data, getattr(data, part), dtype)[1] for part in ("val", "test") if trained}
+    assert expected == {name: value for name, value in record["result"].items()
+                        if "recalibrated" in name}
+    told = re.search(r".*(recalibrated|re-estimated).*", capsys.readouterr().out)
+    assert bool(told) == trained
     assert all(f"{value:.1%}" in told[0] for value in expected.values())
-
-
-# ---------------------------------------- early stopping ----------------------------------------
 
 
 @pytest.mark.parametrize(("script", "argv"), [
@@ -273,25 +210,23 @@ def test_a_run_with_batch_norm_tells_its_accuracies_with_re_estimated_statistics
 def test_the_first_best_epoch_is_reported_and_training_ends_after_patience(
         small, tiny_vgg, monkeypatch, script, argv, flags, losses, accuracies, best, epochs):
     numbers, evaluate = iter(zip(losses, accuracies)), utils.evaluate
-    with monkeypatch.context() as patch:
-        patch.setattr(utils, "recalibrate", lambda *_: None)
-        patch.setattr(utils, "evaluate", lambda model, data, indices, *rest: next(
-            numbers) if indices is data.val else evaluate(model, data, indices, *rest))
-        argv = [*TINY, *argv, "--earlystop", "--learning_rate=0.02", *flags]
-        record, = script.main([*argv, f"--num_epochs={len(losses)}"])
+    monkeypatch.setattr(utils, "recalibrate", lambda *_: None)
+    monkeypatch.setattr(utils, "evaluate", lambda model, data, indices, *rest: next(
+        numbers) if indices is data.val else evaluate(model, data, indices, *rest))
+    argv = [*TINY, *argv, "--earlystop", "--learning_rate=0.02", *flags]
+    record, = script.main([*argv, f"--num_epochs={len(losses)}"])
     history, result = record["history"], record["result"]
-    assert (result["best_epoch"], result["epoch"]) == (best, best)
-    assert len(history["val_loss"]) == epochs
+    assert (result["best_epoch"], result["epoch"], len(history["val_loss"])) == (best, best, epochs)
     assert result["val_accuracy"] == accuracies[best - 1]
     assert result["latest_val_accuracy"] == accuracies[epochs - 1]
     assert result["train_accuracy"] == history["train_accuracy"][best - 1]
 
     flags = parse(*argv, script=script)
-    data = utils.load_data(flags, script.MEAN, script.STD, torch.device("cpu"))
+    data = utils.load_data(flags, script.MEAN, script.STD, CPU)
     tested, model = [], script.build(flags, 10)
     for state in checkpoints_in(small).values():  # best, latest
         model.load_state_dict(state["model"])
-        tested.append((state["epoch"], evaluate(model, data, data.test, torch.float32)[1]))
+        tested.append((state["epoch"], evaluate(model, data, data.test, FLOAT32)[1]))
     assert tested == [(best, result["test_accuracy"]), (epochs, result["latest_test_accuracy"])]
     assert np.trace(record["confusion"]) == round(100 * result["test_accuracy"])
 
@@ -299,48 +234,38 @@ def test_the_first_best_epoch_is_reported_and_training_ends_after_patience(
 def test_of_many_test_images_the_first_thousand_count_apart(small_convnet, data):
     torch.manual_seed(0)
     data.test = torch.cat([data.test[:50].repeat(20), data.test[50:]])
-    model, run = ConvNet(), SimpleNamespace(best_epoch=0, dtype=torch.float32)
-    result, _ = utils.test(run, model, data)
-    first, every = (utils.evaluate(model, data, part, torch.float32)[1]
-                    for part in (data.test[:1000], data.test))
-    assert (result["test_accuracy_first_1000"], result["test_accuracy"]) == (first, every)
-    assert first != every
+    model = ConvNet()
+    result, _ = utils.test(SimpleNamespace(best_epoch=0, dtype=FLOAT32), model, data)
+    images, labels = plain_batch(data, data.test)
+    right = (model.eval()(images).argmax(1) == labels).numpy()
+    assert result["test_accuracy_first_1000"] == right[:1000].mean() != right.mean()
+    assert result["test_accuracy"] == right.mean()
 
 
 @pytest.mark.parametrize(("sizes", "argv", "told"), [
-    ((60, 99, 21), ["--earlystop"], True), ((60, 100, 20), ["--earlystop"], False),
-    ((60, 99, 21), [], False)])
+    ((60, 99, 21), ["--earlystop"], 1), ((60, 100, 20), ["--earlystop"], 0), ((60, 99, 21), [], 0)])
 def test_below_a_hundred_validation_images_the_best_epoch_is_called_luck(
         small, monkeypatch, capsys, sizes, argv, told):
     drawn = utils.draw_synthetic()
     monkeypatch.setattr(utils, "draw_synthetic", lambda: (*drawn[:3], sizes))
     ex3_convnet.main([*TINY, "--num_validation=0", *argv])
-    assert ("luck with 99 validation images" in capsys.readouterr().out) == told
-
-
-# ------------------------------------------ divergence ------------------------------------------
+    assert len(re.findall(r"99 validation images.*luck", capsys.readouterr().out)) == told
 
 
 def test_a_run_that_diverges_fails_and_the_others_of_a_question_go_on(small, capsys):
     """With so large a learning rate only batch norm keeps the numbers finite."""
     with pytest.raises(utils.Problem, match="^ConvNet, seed 0, diverged in epoch 1: "
-                                            "try a smaller --learning_rate$") as problem:
+                                            ".*--learning_rate$") as problem:
         ex3_convnet.main([*TINY, "--question=2a", "--learning_rate=1e6"])
     assert problem.value.status == 1
-    assert "diverged in epoch 1" in capsys.readouterr().out
     assert [record["title"] for record in records_in(small)] == ["ConvNet, batch norm"]
     assert "| with batch norm | " in next(small.rglob("README.md")).read_text()
 
 
-@pytest.mark.parametrize("script", [ex3_convnet, ex3_pretrained])
 @pytest.mark.parametrize("name", ["train_one_epoch", "evaluate"])
-def test_a_loss_that_is_not_finite_leaves_neither_record_nor_checkpoint_of_it(
-        small, tiny_vgg, monkeypatch, script, name):
-    """And all that diverged are named at the end."""
+def test_a_loss_that_is_not_finite_leaves_neither_record_nor_checkpoint(small, monkeypatch, name):
     losses, real = itertools.cycle([1.0, float("nan")]), getattr(utils, name)
     monkeypatch.setattr(utils, name, lambda *arguments: (next(losses), real(*arguments)[1]))
     with pytest.raises(utils.Problem, match="seed 0, diverged in epoch 2.*seed 1, diverged in"):
-        script.main([*TINY, "--seeds=2", *["--pretrained=none"] * (script is ex3_pretrained),
-                     "--augmentation=none"])
-    assert records_in(small) == []
-    assert checkpoints_in(small) == {}
+        ex3_convnet.main([*TINY, "--seeds=2"])
+    assert (records_in(small), checkpoints_in(small)) == ([], {})

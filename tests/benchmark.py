@@ -1,0 +1,149 @@
+"""The speed of our training loop beside the plain loop of the exercise: python tests/benchmark.py
+
+Both train the same network on the same images in one process, in turns; each number is the median
+of the rounds. It takes minutes on two CPU cores, needs no data, and is not a test.
+"""
+
+import ctypes
+import statistics
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ex3_convnet  # noqa: E402
+import ex3_pretrained  # noqa: E402
+import utils  # noqa: E402
+
+ROUNDS, BATCH = 3, 200
+PLAIN = {  # technique: torchvision's transform of a PIL image, with the same parameters as ours
+    "none": [],
+    "vertical_flip": [transforms.RandomVerticalFlip()],
+    "horizontal_flip": [transforms.RandomHorizontalFlip()],
+    "rotation": [transforms.RandomRotation(45)],
+    "resize_crop": [transforms.Resize(40), transforms.RandomCrop(32)],
+    "translation": [transforms.RandomAffine(0, translate=(0.5, 0.5))],
+    "color_jitter": [transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)],
+    "greyscale": [transforms.RandomGrayscale(0.2)],
+    "scaling": [transforms.RandomAffine(0, scale=(0.7, 0.7))],
+}
+ROWS = {  # row: network, augmentation
+    "convnet": (ex3_convnet.ConvNet, "none"),
+    "convnet, batch norm": (lambda: ex3_convnet.ConvNet(norm_flag=True), "none"),
+    **{f"convnet, batch norm, {name}": (lambda: ex3_convnet.ConvNet(norm_flag=True), name)
+       for name in PLAIN if name != "none"},
+    "VGG11-BN, horizontal_flip": (ex3_pretrained.VGG, "horizontal_flip"),
+}
+
+
+def seconds(function, device):
+    """How long a call takes, with what it leaves to a GPU."""
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def return_freed_memory():
+    """Undo utils.keep_freed_memory, which would make the plain loop faster, too."""
+    with suppress(OSError, AttributeError):  # another system
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that glibc raises it to by itself
+        mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
+
+
+def matrix_rate(device, dtype):
+    """The rate (GFLOP/s) at which the machine multiplies two large square matrices."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2e-9 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(4))
+
+
+def our_loop(network, data, augmentation, device, dtype, flags):
+    """A function that trains one epoch with our loop."""
+    model = network()
+    utils.place(model, device, flags)
+    augment = utils.make_augment(augmentation, torch.Generator())
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3, weight_decay=1e-3, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return lambda: utils.train_one_epoch(
+        model, data, utils.shuffled_batches(data.train, BATCH, torch.Generator()), augment,
+        optimizer, scaler, dtype)
+
+
+def plain_loop(network, data, augmentation, device):
+    """A function that trains one epoch with the plain loop: PIL images that are transformed one by
+    one in a DataLoader in the main process, float32, the loss read in each step."""
+    model = network().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3, weight_decay=1e-3)
+    mean, std = (value.flatten().tolist() for value in (data.mean, data.std))
+    transform = transforms.Compose(
+        [*PLAIN[augmentation], transforms.ToTensor(), transforms.Normalize(mean, std)])
+    pixels = data.images[data.train].permute(0, 2, 3, 1).cpu().numpy()
+    pictures = [*zip(map(Image.fromarray, pixels), data.labels[data.train].tolist())]
+
+    def collate(pairs):
+        images, labels = zip(*pairs)
+        return torch.stack([transform(image) for image in images]), torch.tensor(labels)
+
+    def epoch():
+        total = 0
+        for images, labels in DataLoader(pictures, BATCH, shuffle=True, collate_fn=collate):
+            images, labels = images.to(device), labels.to(device)
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+
+    return epoch
+
+
+def measure(name, data, device, dtype, flags):
+    """Print one line of the table in Markdown."""
+    network, augmentation = ROWS[name.split(", --")[0]]
+    ours = our_loop(network, data, augmentation, device, dtype, flags)
+    plain = plain_loop(network, data, augmentation, device)
+    times = []
+    for _ in range(1 + ROUNDS):
+        utils.keep_freed_memory()
+        torch.backends.cudnn.allow_tf32 = False
+        mine = seconds(ours, device)
+        return_freed_memory()
+        torch.backends.cudnn.allow_tf32 = True  # as it is by default
+        rate = max(matrix_rate(device, of) for of in {dtype, torch.float32})
+        times.append((mine, seconds(plain, device), rate))
+    mine, plainly, best = map(statistics.median, zip(*times[1:]))  # the first: warm-up
+    with FlopCounterMode(display=False) as counter:
+        network().to(device).eval()(data.batch(data.train[:1])[0]).sum().backward()
+    rate = 1e-9 * counter.get_total_flops() * len(data.train) / mine
+    print(f"| {name} | {len(data.train) / mine:,.0f} | {len(data.train) / plainly:,.0f} "
+          f"| {plainly / mine:.2f}x | {rate:,.0f} | {rate / best:.0%} |", flush=True)
+
+
+def main():
+    flags = utils.parse_flags(vars(ex3_convnet), ["--dataset=synthetic"])
+    device, dtype = utils.choose_device(flags)
+    data = utils.load_data(flags, ex3_convnet.MEAN, ex3_convnet.STD, device)
+    data.train = data.train[:20 * BATCH if device.type == "cuda" else 2 * BATCH]
+    print(f"{utils.describe_device(device)}, PyTorch {torch.__version__}; ours in {dtype}, the "
+          f"plain loop in float32; median of {ROUNDS} rounds of {len(data.train):,} images\n\n"
+          "| network | ours, images/s | plain, images/s | ratio | ours, GFLOP/s | of the best "
+          "matrix rate |\n" + "|---" * 6 + "|")
+    for name, (_, augmentation) in ROWS.items():
+        measure(name, data, device, dtype, flags)
+        if device.type == "cuda" and augmentation == "none":
+            measure(f"{name}, --compile", data, device, dtype, flags.replace(compile=True))
+
+
+if __name__ == "__main__":
+    main()
