@@ -159,7 +159,7 @@ def train(run, data):
 QUESTIONS = {  # rows: name, the settings that it changes, the report's number for each column
     "1": Question(
         asked="What do the filters of the first convolution learn?",
-        rows=[("without batch norm", {})], shared={"norm_flag": False},
+        rows=[("without batch norm", {"norm_flag": False})],
         figures=("figure_1_2_filters.png",)),
     "2a": Question(
         asked="Does batch normalization help?", title="Table 1", figures=("figure_3_4.png",),
@@ -275,8 +275,8 @@ def draw(question, results, flags, folder, data):
     if question == "none":
         utils.plot_run(flags, results, folder)
     elif question == "1":
-        record = next(iter(results.values()))[0]
-        utils.plot_filters(record, folder / "figure_1_2_filters.png", record["title"])
+        for record in results["without batch norm"][:1]:
+            utils.plot_filters(record, folder / "figure_1_2_filters.png", record["title"])
     elif question == "2a":
         utils.plot_learning_curves(results, "Figures 3 and 4: ConvNet", folder / "figure_3_4.png",
                                    QUESTIONS["2a"].report, lowest=40)
@@ -292,15 +292,17 @@ def draw(question, results, flags, folder, data):
 
 def plot_early_stopping(results, path):
     """Figure 5: accuracy curves; a star is a seed's best epoch, a square where it stopped."""
-    figure = plt.figure(figsize=(10, 4.6))
+    figure = plt.figure(figsize=(10, 1 + 3.6 * -(-len(results) // 2)))
     axes = panels(figure, len(results), columns=2)
     for axis, (name, records) in zip(axes, results.items()):
-        utils.draw_curves(axis, records, "accuracy", report=QUESTIONS["2b"].report(name))
+        report = QUESTIONS["2b"].report(name, records)
+        utils.draw_curves(axis, records, "accuracy", report=report)
         for record in records:
             accuracy = record["history"]["val_accuracy"]
             axis.plot(len(accuracy), 100 * accuracy[-1], "ks", markersize=5, label="stop")
         axis.set_title(name, fontsize=10)
-    axes[0].set_ylim(40, 101)
+        if utils.has_report(records):
+            axis.set_ylim(40, 101)
     utils.add_legend(figure, axes)
     utils.save_figure(figure, "Figure 5: early stopping\n"
                       + utils.caption(sum(results.values(), [])), path)
@@ -320,13 +322,15 @@ def plot_techniques(results, path):
     figure = plt.figure(figsize=(10, 1 + 2.6 * -(-len(results) // 3)))
     axes = panels(figure, len(results))
     for axis, (name, records) in zip(axes, results.items()):
-        utils.draw_curves(axis, records, "accuracy", utils.PARTS, QUESTIONS["3a"].report(name))
+        utils.draw_curves(axis, records, "accuracy", utils.PARTS,
+                          QUESTIONS["3a"].report(name, records))
         plain, augmented = (np.mean([*utils.values_of(records, key).values()])
                             for key in ("val_accuracy", "val_accuracy_augmented"))
         both = f"{augmented:.1f} augmented, {plain:.1f} plain"
         axis.set_title(f"{name}: {both if plain != augmented else f'{plain:.1f}'}", fontsize=9)
         axis.label_outer()
-    axes[0].set_ylim(40, 101)
+    if utils.has_report(records):
+        axes[0].set_ylim(40, 101)
     utils.add_legend(figure, axes)
     utils.save_figure(figure, "Figure 6: the techniques, with their accuracy (%) on augmented and "
                       f"on plain validation images\n{utils.caption(sum(results.values(), []))}",
@@ -378,9 +382,10 @@ def plot_dropout(results, path):
                       for rate, of in sorted(numbers.items()) if of]
             if points:
                 axis.errorbar(*zip(*points), capsize=3, markersize=4, label=label, **style)
-            for name in names if utils.has_report(results[names[0]][0]) else ():
-                if (report := QUESTIONS["3b"].report(name).get(key)) is not None:
-                    axis.plot(rates[name], report, **utils.REPORT, color=style["color"],
+            for name in names:
+                report = QUESTIONS["3b"].report(name, results[name])
+                if key in report:
+                    axis.plot(rates[name], report[key], **utils.REPORT, color=style["color"],
                               label="report")
         axis.set(xlabel="dropout", ylabel="accuracy of the last epoch (%)", ylim=(0, 101))
         axis.grid()

@@ -136,12 +136,12 @@ def load_features(model, pretrained):
     else:
         path = Path(os.path.expanduser(pretrained))
         state = utils.load_checkpoint(path)
-        state = state.get("model", state)  # a checkpoint has more in it
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     try:
+        state = state.get("model", state)  # a checkpoint has more in it
         model.features.load_state_dict({name.removeprefix("features."): value for name, value in
                                         state.items() if name.startswith("features.")})
-    except RuntimeError as problem:
+    except (AttributeError, RuntimeError) as problem:
         raise utils.Problem(f"{pretrained} has not the features.* of a VGG11-BN") from problem
     return sha256
 

@@ -63,10 +63,10 @@ class Problem(Exception):
 # script, until "# --- end of settings ---". Each is a flag, too; its value tells its type.
 
 NO_RESULT = "changes no result"  # in the heading of settings that are no part of a run's identity
-TEXTS = {"pretrained", "augmentation", "question", "checkpoint", "predict"}  # None there is "none"
+TEXTS = {"pretrained", "checkpoint", "predict", "dataset", "results", "device"}  # None is "none"
 OLD_WORDS = {"True": "imagenet", "False": "none", "None": "none"}  # as in pretrained = False
-BOOLS = {"true": True, "1": True, "false": False, "0": False}
-LIMITS = {  # setting: the names that it can have, the least and the most, or a range: whole numbers
+BOOLS = {"true": True, "1": True, "false": False, "0": False, "none": False}
+LIMITS = {  # setting: a list of its names; a tuple of least and most; a range: the same, but whole
     "monitor": ["accuracy", "loss"], "frozen_norm": ["eval", "train"],
     "precision": ["auto", "float32", "bfloat16", "float16"],
     "dropout": (0, 0.99), "learning_rate": (1e-12, 1e6), "learning_rate_decay": (1e-6, 1),
@@ -85,7 +85,8 @@ class Flags(argparse.Namespace):
     def settings(self):
         """The settings that decide what is computed, without those that are off. In the place of
         `pretrained` an identity has the hash of the weights."""
-        return plain({name: getattr(self, name) for name in self.counting - {"seed", "pretrained"}})
+        names = sorted(self.counting - {"seed", "pretrained"})
+        return plain({name: getattr(self, name) for name in names})
 
 
 def parse_flags(script, argv=None):
@@ -98,22 +99,24 @@ def parse_flags(script, argv=None):
     parser = argparse.ArgumentParser(
         path.name, "%(prog)s [--flag=value ...]", script["__doc__"], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
-        conflict_handler="resolve")
+        conflict_handler="resolve")  # of two lines with one name the last counts, as in Python
     parser.error = fail
     limits = LIMITS | {"augmentation": ["none", *AUGMENTATIONS],
                        "question": ["none", *script.get("QUESTIONS", ()), "all"]}
     group, counting, defaults = None, set(), {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        setting = re.match(r"(\w+) *(?::[^=]*)?=(?!=).*?(?:  # (.*))?$", line)
-        if heading := re.match(r"# --- (.+?) -+$", line):
-            if heading[1] == "end of settings":
-                break
-            group = parser.add_argument_group(heading[1])
-        elif group and setting and setting[1] in script:
-            name, comment = setting.groups()
-            counting |= set() if NO_RESULT in group.title else {name}
+        name, _, rest = line.partition("=")
+        name = name.partition(":")[0].rstrip()  # without an annotation
+        if line.startswith("# --- end of settings"):
+            break
+        if line.startswith("# --- "):
+            group = parser.add_argument_group(line.strip("# -"))
+        elif group and name in script:
+            comment, limit = rest.partition("  # ")[2], limits.get(name)
+            if NO_RESULT not in group.title:
+                counting.add(name)
             try:
-                defaults[name] = add_flag(group, name, script[name], comment, limits.get(name))
+                defaults[name] = add_flag(group, name, script[name], comment, limit)
             except argparse.ArgumentTypeError as problem:
                 fail(f"the setting {name} at the top of the script: {problem}")
     command_line = sys.argv[1:] if script["__name__"] == "__main__" else []
@@ -123,35 +126,34 @@ def parse_flags(script, argv=None):
 
 def add_flag(group, name, value, comment, limit):
     """Make a setting a flag of a group of argparse. Returns its value, read as that of the flag."""
-    value = 0 if value is None and name not in TEXTS else value
-    kind = str if name in TEXTS else type(value)
-    if kind not in (bool, int, float, str):
+    kind = (str if name in TEXTS or isinstance(limit, list) else float if limit
+            else bool if value is None else type(value))
+    words = {bool: "True or False", str: "a text", int: "a number", float: "a number"}.get(kind)
+    if not words:
         return value  # a list, say, is a setting, but no flag
-    words = {bool: "True or False", str: "a text"}.get(kind, "a number")
-    if isinstance(limit, list):
-        words = ", ".join(limit) + ", or several (a+b)" * (name == "augmentation")
-    elif limit:
-        words = "whole, " * isinstance(limit, range) + f"{limit[0]} to {limit[-1]}"
+    several = name == "augmentation"
+    if limit:
+        words = ", ".join(limit) if kind is str else f"{limit[0]} to {limit[-1]}"
+        words += ", or several (a+b)" * several + ", whole" * isinstance(limit, range)
 
     def read(text):
         with suppress(KeyError, ValueError):
             if kind is bool:
                 return BOOLS[text.lower()]
             if kind is str:
-                value = OLD_WORDS.get(text, text)
-                names = value.split("+") if name == "augmentation" else [value]
-                fits = value == "none" or value and {*names} <= {*(limit or names)} - {"none"}
+                text = OLD_WORDS.get(text, text)
+                fits = text in limit if limit else text != ""
+                if fits or several and {*text.split("+")} <= {*AUGMENTATIONS}:
+                    return text
             else:
                 value = float(text)
-                if value.is_integer() and (kind is int or isinstance(limit, range)):
-                    value = int(value)
-                fits = not limit or limit[0] <= value <= limit[-1] and (
-                    isinstance(limit, tuple) or isinstance(value, int))
-            if fits:
-                return value
+                value = int(value) if value.is_integer() else value
+                if not limit or limit[0] <= value <= limit[-1] and (
+                        isinstance(value, int) or isinstance(limit, tuple)):
+                    return value
         raise argparse.ArgumentTypeError(f"{text!r} must be {words}")
 
-    value = read(str(value))
+    value = read("0" if value is None and kind is float else str(value))
     group.add_argument(f"--{name}", type=read, metavar="VALUE",
                        help=f"{comment or name} ({words}; default: {value})".replace("%", "%%"),
                        **{"nargs": "?", "const": True} if kind is bool else {})
@@ -193,16 +195,17 @@ def load_data(flags, mean, std, device):
     """The Data of the flags: the last num_validation training images validate (0: the data set's
     own), the first num_training train (0: all others). mean, std: three numbers. Raises Problem."""
     name, classes, images, labels, (num_train, num_val, _) = read_data(flags)
+    images = np.ascontiguousarray(images)
     fingerprint = hashlib.sha256(images)
     fingerprint.update(labels)
     fingerprint = fingerprint.hexdigest()[:16]
     if name == "CIFAR-10" and fingerprint != CIFAR10_FINGERPRINT:
         raise Problem("the files of CIFAR-10 are damaged: delete them")
-    total, num_val = num_train + num_val, flags.num_validation or num_val
-    num_train = flags.num_training or max(1, min(num_train, total - num_val))
-    if num_train + num_val > total:
-        raise Problem(f"{num_train} training and {num_val} validation images are more than the "
-                      f"{total} of {name}: choose fewer", 2)
+    total = num_train + num_val  # the images that train or validate
+    num_val = flags.num_validation or num_val
+    num_train = flags.num_training or total - num_val
+    if num_train < 1 or num_train + num_val > total:
+        raise Problem(f"{name} has {total} images to train and to validate: choose fewer", 2)
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     if images.shape[-1] != flags.image_size:  # on the CPU: a GPU would need five times the memory
         images = resize(images, [flags.image_size, flags.image_size], antialias=True)
@@ -220,7 +223,7 @@ def results_folder(flags, name, fingerprint=""):
     or photos-12ab: two folders of one name differ in the fingerprint."""
     digits = "" if name in NAMES.values() else f"-{fingerprint[:4]}"
     folder = slug(name) + digits + f"-{flags.num_training}" * bool(flags.num_training)
-    return FOLDER / flags.results / folder / flags.script
+    return FOLDER / os.path.expanduser(flags.results) / folder / flags.script
 
 
 def read_data(flags):
@@ -257,12 +260,12 @@ def load_cifar10(folder):
         batches = np.frombuffer(content, np.uint8).reshape(-1, 3073)  # a label and three planes
         images = batches[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = batches[:, 0].astype(np.int64)
-        return CIFAR10_CLASSES, np.ascontiguousarray(images), labels, CIFAR10_SIZES
+        return CIFAR10_CLASSES, images, labels, CIFAR10_SIZES
     socket.setdefaulttimeout(15)  # a host that delivers nothing for so many seconds has failed
     problems = []
     for CIFAR10.url in CIFAR10_MIRRORS:  # where torchvision looks, unless the files are there
         try:
-            train, test = (CIFAR10(folder, train, download=True) for train in (True, False))
+            train, test = CIFAR10(folder, True, download=True), CIFAR10(folder, False)
             return (CIFAR10_CLASSES, np.concatenate([train.data, test.data]),
                     np.array(train.targets + test.targets), CIFAR10_SIZES)
         except Exception as problem:  # urllib, http.client, tarfile and torchvision have their own
@@ -289,13 +292,13 @@ def load_image_folder(folder, size):
     if few or len(classes) < 2:
         raise Problem(f"{folder} must have two classes or more, each with images in train (two, if "
                       f"there is no val) and test: {', '.join(few or classes)}")
-    parts = [sorted((i / len(paths), name, path) for name, paths in part.items()
+    parts = [sorted((i / len(paths), name, path) for name, paths in part.items()  # they mix
                     for i, path in enumerate(paths)) for part in (train, val, test)]
     _, names, paths = zip(*sum(parts, []))
     images, unreadable = read_images(paths, size)
     if unreadable:
         raise Problem(f"not read as images: {'; '.join(unreadable.values())}")
-    return classes, images, np.array([classes.index(name) for name in names]), map(len, parts)
+    return classes, images, np.array([classes.index(name) for name in names]), [*map(len, parts)]
 
 
 def find_classes(folder):
@@ -304,7 +307,7 @@ def find_classes(folder):
         raise Problem(f"there is no folder {folder}: --dataset is cifar10, synthetic or a folder")
     places = sorted(path for path in folder.iterdir() if not path.name.startswith(HIDDEN))
     if loose := [path.name for path in places if not path.is_dir()]:
-        print(f"{folder}: left out, as of no class: {', '.join(loose[:3])}, ...")
+        print(f"{folder}: left out, as of no class: {', '.join(loose)}")
     return {place.name: find_images(place) for place in places if place.is_dir()}
 
 
@@ -672,7 +675,8 @@ class Run:
         if flags.question != "none" and not flags.rerun and self.record_path.exists():
             print("recorded already")
             return False
-        any_length = {**self.identity["settings"], "num_epochs": 0, "patience": 0}  # goes on
+        # the folder is the same for any number of epochs, so that --resume can train longer
+        any_length = {**self.identity["settings"], "num_epochs": 0, "patience": 0}
         folder = FOLDER / "checkpoints" / record_name(
             self.title, {**self.identity, "settings": any_length}, flags.seed)
         self.latest = folder / f"latest_model_{self.name}.ckpt"
@@ -704,16 +708,15 @@ class Run:
                 part.load_state_dict(state[name], **strict)
         for name in ("epoch", "history", "best_epoch", "best_score", "best_weights"):
             setattr(self, name, state[name])
-        if not state["precision"].endswith(self.precision):  # on another machine
-            self.precision = f"{state['precision']}, from epoch {self.epoch + 1} {self.precision}"
         self.on_disk = self.epoch
         print(f"Resumed after epoch {self.epoch}")
 
     def set_aside(self):
         """Rename the checkpoints that a new run would overwrite, unless longer ones are there."""
         old = self.latest.with_suffix(".old.ckpt")
-        if old.exists() and load_checkpoint(old)["epoch"] > load_checkpoint(self.latest)["epoch"]:
-            return
+        with suppress(Problem):  # a damaged one, or none
+            if load_checkpoint(old)["epoch"] > load_checkpoint(self.latest)["epoch"]:
+                return
         for path in (self.latest, self.best):
             if path.exists():
                 os.replace(path, path.with_suffix(".old.ckpt"))
@@ -812,9 +815,9 @@ def plain(value):
     record or an older PyTorch lacks changes nothing as long as it is off."""
     if isinstance(value, dict):
         parts = {name: plain(part) for name, part in value.items()
-                 if name[0] != "_" and name not in NO_SETTING}
+                 if str(name)[0] != "_" and name not in NO_SETTING}
         return {name: part for name, part in parts.items()
-                if part not in (False, None, "none", "auto", {}, [])}
+                if part not in (False, None, "none", "auto", {}, [])}  # 0 == False
     if isinstance(value, (list, tuple)):
         return [plain(part) for part in value]
     if isinstance(value, float) and value.is_integer():
@@ -894,7 +897,8 @@ def load_records(folder):
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            assert {"title", "seed", "identity", "result", "history", "pretrained"} <= record.keys()
+            assert record.keys() >= {"title", "data", "seed", "identity", "result", "history",
+                                     "pretrained", "precision", "device", "finished"}
             records.append(record)
         except (OSError, ValueError, AttributeError, AssertionError):
             print(f"{path} is left out: it is no record of a run, or damaged", file=sys.stderr)
@@ -909,12 +913,10 @@ def find_records(flags, records):
              if record["identity"]["settings"] == wanted
              and ("weights" in record["identity"]) == pretrained
              and flags.precision in ("auto", record["identity"].get("precision"))]
-    latest = max(found, key=lambda record: record["finished"], default=None)
-    same = [record for record in found if record["identity"] == latest["identity"]]
-    if len(same) < len(found):
-        print(f"{latest['title']}: {len(found) - len(same)} records with these settings, but of "
-              "another network or recipe, are left out", file=sys.stderr)
-    return sorted(same, key=lambda record: record["seed"])
+    found.sort(key=lambda record: record["finished"])
+    same = {record["seed"]: record for record in found  # of one seed the latest
+            if record["identity"] == found[-1]["identity"]}
+    return [same[seed] for seed in sorted(same)]
 
 
 # ==================== questions and tables ====================
@@ -933,11 +935,18 @@ class Question:
     note: str = ""  # below the table
     figures: tuple = ()  # the names of its files, for the page
 
-    def report(self, name):
-        """The report's numbers of a run, {key of a result: number}."""
+    def report(self, name, records):
+        """The report's numbers of a run, {key of a result: number}, where its images are ours."""
         numbers = next(numbers for row, _, *numbers in self.rows if row == name)
         return {key: number for key, number in zip(self.columns.values(), numbers)
-                if number is not None}
+                if number is not None and has_report(records)}
+
+
+def has_report(records):
+    """Whether the report's numbers can stand beside these records: they are of its images."""
+    data = records[0]["identity"]["data"] if records else {}
+    return (data.get("fingerprint") == CIFAR10_FINGERPRINT
+            and (data["train"], data["val"]) == CIFAR10_SIZES[:2])
 
 
 def make_plan(flags, questions):
@@ -971,7 +980,7 @@ def train_all(plan, describe, train, data, dtype):
         try:
             train(run, data)
         except Problem as problem:
-            print(problem)
+            print(f"Failed: {problem}")
             failed.append(str(problem))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -997,6 +1006,17 @@ def show_results(flags, plan, data, questions, claims, draw, failed):
     folder = data.folder if data else results_folder(flags, NAMES[flags.dataset])
     records = load_records(folder / "records")
     results = find_results(plan, records)
+    for found in results.get("none", {}).values():  # a single experiment: not its other seeds
+        asked = range(flags.seed, flags.seed + flags.seeds)
+        found[:] = [record for record in found if record["seed"] in asked]
+    shown = [record for runs in results.values() for found in runs.values() for record in found]
+    for title, identity in {record["title"]: record["identity"] for record in shown}.items():
+        others = [record for record in records if record["title"] == title
+                  and record["identity"] != identity
+                  and record["identity"]["settings"] == identity["settings"]]
+        if others:
+            print(f"{title}: {len(others)} records with these settings, but another network or "
+                  "recipe, are left out", file=sys.stderr)
     for question, runs in results.items():
         draw(question, runs, flags, folder, data)
     if results and "none" not in results:
@@ -1006,7 +1026,7 @@ def show_results(flags, plan, data, questions, claims, draw, failed):
         write_csv(records, folder / "results.csv")
     if failed or not results:
         raise Problem("; ".join(failed) or f"no record in {shown_path(folder)} has these settings")
-    return [record for runs in results.values() for found in runs.values() for record in found]
+    return shown
 
 
 def values_of(records, key):
@@ -1016,7 +1036,7 @@ def values_of(records, key):
             if record["result"].get(key) is not None}
 
 
-def table_lines(question, results, with_report):
+def table_lines(question, results):
     """The table of a question in Markdown, as lines: mean ± standard deviation over the seeds, and
     the report's numbers. results: {name: records}."""
     headings = ["", *question.columns, "seeds"]
@@ -1024,16 +1044,15 @@ def table_lines(question, results, with_report):
              "|---" * len(headings) + "|"]
     for name, *_ in question.rows:
         found, cells = results.get(name, []), [name]
+        report = question.report(name, found)
         for key in question.columns.values():
             numbers, digits = [*values_of(found, key).values()], 1 if "accuracy" in key else 0
             cell = f"{np.mean(numbers):,.{digits}f}" if numbers else "–"
             if len(numbers) > 1 and key != "model_size":
                 cell += f" ± {np.std(numbers, ddof=1):.{digits}f}"
-            if with_report and key in question.report(name):
-                cell += f" (report {question.report(name)[key]:,})"
-            cells.append(cell)
+            cells.append(cell + f" (report {report[key]:,})" if key in report else cell)
         lines.append(f"| {' | '.join(cells)} | {len(found)} |")
-    return [*lines, "", *[question.note, ""] * bool(question.note)]
+    return [*lines, "", *([question.note, ""] if question.note else [])]
 
 
 def caption(records):
@@ -1042,8 +1061,10 @@ def caption(records):
         names = sorted({of(record) for record in records} - {"none"})
         return " and ".join(names) if len(names) <= most else f"{len(names)} kinds of machine"
 
-    counts = Counter(str(record["identity"]) for record in records).values()  # the seeds of a run
-    seeds = " to ".join(map(str, sorted({min(counts), max(counts)}))) + " seeds"
+    runs = {record_name(record["title"], record["identity"], record["seed"]) for record in records}
+    counts = Counter(name.split("_seed")[0] for name in runs).values()  # questions share some
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    seeds += " seeds" if max(counts) > 1 else " seed each"
     images = distinct(lambda record: f"{record['identity']['data']['train']:,} training images")
     parts = [records[0]["data"], images, distinct(lambda record: record["pretrained"]),
              f"seed {records[0]['seed']}" if len(records) == 1 else seeds,
@@ -1083,10 +1104,13 @@ def judge(claim, results):
     (Bonferroni). Returns {"word", and of the comparison that is nearest to deny it "other", "means"
     (%), "seeds", "lead" and "half" of its interval (points)}. results: {question: {name: records}}.
     """
-    first, verdicts = sample_of(claim.first, claim.question, results), []
+    verdicts = []
     for run in claim.others:
-        other = sample_of(run, claim.question, results)
+        first, other = (sample_of(part, claim.question, results) for part in (claim.first, run))
         same = isinstance(run, tuple) and run[0] == claim.first[0]  # two states of one network
+        if same:
+            first, other = ({seed: part[seed] for seed in sorted(first.keys() & other)}
+                            for part in (first, other))
         if not first or not other or same and first == other:  # best and last may be one epoch
             return None
         lead, half = lead_of(first, other, same)
@@ -1099,7 +1123,8 @@ def judge(claim, results):
         verdicts.append({"word": word, "other": run, "seeds": seeds, "lead": lead, "half": half,
                          "means": [np.mean(list(part.values())) for part in (first, other)]})
     words = [verdict["word"] for verdict in verdicts]
-    word = next(word for word in ("does not hold", "too few seeds", *MARKS) if word in words)
+    word = next(word for word in ("does not hold", "too few seeds", "undecided", "holds")
+                if word in words)
     if word == "does not hold":
         verdicts = [verdict for verdict in verdicts if verdict["word"] == word]
     nearest = min(verdicts, key=lambda verdict: verdict["lead"] - (
@@ -1109,7 +1134,7 @@ def judge(claim, results):
 
 def sample_of(run, question, results):
     """The accuracies of a run of a claim by seed; a run of its own question comes first."""
-    if isinstance(run, float):
+    if isinstance(run, (int, float)):
         return {"number": run}
     name, key = run if isinstance(run, tuple) else (run, "test_accuracy")
     questions = (results.get(question, {}), *results.values())
@@ -1149,33 +1174,26 @@ def claim_line(claim, verdict):
 def write_page(flags, questions, claims, results, folder):
     """Write README.md with its two pictures; results: {question: {name: records}}."""
     shown = [record for runs in results.values() for found in runs.values() for record in found]
-    with_report = has_report(shown[0])
     lines = [f"# {shown[0]['data']}: {flags.script}.py", "",
              f"{caption(shown)}. Accuracies are in %, after ± the standard deviation over the "
              "seeds; leads are in points of test accuracy, in brackets the 95 % interval.", ""]
     verdicts = [(claim, verdict) for claim in claims if (verdict := judge(claim, results))]
     verdicts.sort(key=lambda pair: list(MARKS).index(pair[1]["word"]))
     if verdicts:
-        plot_conclusions(verdicts, folder / "same_conclusions.png", with_report)
+        plot_conclusions(verdicts, folder / "same_conclusions.png", has_report(shown))
         lines += ["![The report's conclusions and ours](same_conclusions.png)", ""]
-    if with_report:
+    if has_report(shown):
         lines += [compare_numbers(questions, results, folder / "same_numbers.png"), "",
                   "![The report's numbers and ours](same_numbers.png)", ""]
     for number, runs in results.items():
         question = questions[number]
         lines += [f"## Question {number}", "", question.asked, ""]
         lines += [claim_line(*pair) for pair in verdicts if pair[0].question == number]
-        lines += ["", *table_lines(question, runs, with_report)] if question.columns else []
+        lines += ["", *table_lines(question, runs)] if question.columns else []
         lines += [f"![{name}]({name})\n" for name in question.figures if (folder / name).exists()]
     with written_beside(folder / "README.md") as temporary:
         temporary.write_text("\n".join(lines), encoding="utf-8")
     print(f"Page: {shown_path(folder / 'README.md')}")
-
-
-def has_report(record):
-    """Whether the report's numbers can stand beside those of a record: it is of its images."""
-    data = record["identity"]["data"]
-    return record["data"] == "CIFAR-10" and (data["train"], data["val"]) == (49_000, 1_000)
 
 
 def write_csv(records, path):
@@ -1288,11 +1306,11 @@ def plot_learning_curves(runs, title, path, report=None, lowest=None):
                                 sharex="col", sharey="col", squeeze=False)
     for row, (name, records) in zip(axes, runs.items()):
         for axis, quantity in zip(row, ("loss", "accuracy")):
-            known = report(name) if report and has_report(records[0]) else None
-            draw_curves(axis, records, quantity, report=known)
+            draw_curves(axis, records, quantity, report=report and report(name, records))
             axis.set_title(name, fontsize=10)
     axes[0, 0].set_ylim(0)
-    axes[0, 1].set_ylim(lowest, None if lowest is None else 101)
+    if lowest and has_report(next(iter(runs.values()))):
+        axes[0, 1].set_ylim(lowest, 101)
     add_legend(figure, axes[:, 1])
     save_figure(figure, f"{title}\n{caption(sum(runs.values(), []))}", path)
 
@@ -1303,12 +1321,11 @@ def plot_run(flags, results, folder):
     given = " ".join(f"--{name}={getattr(flags, name)}"
                      for name in sorted(flags.given & flags.counting - {"seed"}))
     for record in results[""]:
-        if record["seed"] in range(flags.seed, flags.seed + flags.seeds):
-            title = record["title"] + f" ({given})" * bool(given)
-            name = record_name(record["title"], record["identity"], record["seed"])
-            plot_learning_curves({"": [record]}, title, folder / f"{name}_curves.png")
-            plot_filters(record, folder / f"{name}_filters.png", title)
-            plot_confusion(record, folder / f"{name}_classes.png", title)
+        title = record["title"] + f" ({given})" * bool(given)
+        name = record_name(record["title"], record["identity"], record["seed"])
+        plot_learning_curves({"": [record]}, title, folder / f"{name}_curves.png")
+        plot_filters(record, folder / f"{name}_filters.png", title)
+        plot_confusion(record, folder / f"{name}_classes.png", title)
 
 
 def add_legend(figure, axes):
@@ -1326,8 +1343,9 @@ def compare_numbers(questions, results, path):
     for number, runs in results.items():
         question = questions[number]
         lines += [{"left": ""}, {"left": question.title}] if question.columns else []
-        for name, key, report in ((row, *pair) for row in runs for pair in
-                                  question.report(row).items() if "accuracy" in pair[0]):
+        rows = [(name, key, report) for name, records in runs.items()
+                for key, report in question.report(name, records).items() if "accuracy" in key]
+        for name, key, report in rows:
             ours = np.array([*values_of(runs[name], key).values()])
             differences.append(abs(round(ours.mean(), 1) - report))
             spread = np.std(ours, ddof=1) if len(ours) >= 5 else math.nan
@@ -1361,7 +1379,7 @@ def plot_conclusions(verdicts, path, with_report):
             "solid": word != "too few seeds", "report": claim.report_lead if with_report else None,
             "style": {"marker": "o", "color": colors.get(word, "0.4"), "linestyle": "none"},
             "margin": [value for value in (claim.above, claim.below) if math.isfinite(value)]})
-    plot_lines(lines, 10, 0.42, "lead of the first-named, points of accuracy", "Same conclusions?",
+    plot_lines(lines, 12, 0.36, "lead of the first-named, points of accuracy", "Same conclusions?",
                path)
 
 
@@ -1372,7 +1390,8 @@ def plot_lines(lines, limit, height, xlabel, title, path, band=0):
     figure, axis = plt.subplots(figsize=(8.3, 1.3 + height * len(lines)))
     axis.axvspan(-band, band, color="0.93")
     axis.axvline(0, color="0.4", linewidth=1)
-    for side, words in (axis, "left"), (axis.secondary_yaxis("right"), "right"):
+    right = axis.secondary_yaxis("right")
+    for side, words in (axis, "left"), (right, "right"):
         side.set_yticks(range(len(lines)), [line.get(words, "") for line in lines], fontsize=8.5)
         side.tick_params(length=0)
     for y, line in enumerate(lines):
@@ -1380,7 +1399,7 @@ def plot_lines(lines, limit, height, xlabel, title, path, band=0):
             axis.get_yticklabels()[y].set_weight("bold")
             continue
         x, style, report = line["x"], line["style"], line.get("report")
-        side.get_yticklabels()[y].set_color(style["color"])
+        right.get_yticklabels()[y].set_color(style["color"])
         ends = [0, *line.get("margin", ())]
         axis.barh(y, max(ends) - min(ends), left=min(ends), height=0.6, facecolor="none",
                   edgecolor="0.7", hatch="////", linewidth=0)
@@ -1391,7 +1410,7 @@ def plot_lines(lines, limit, height, xlabel, title, path, band=0):
         axis.errorbar(x, y, xerr=line["half"] if math.isfinite(line["half"]) else 0, **style,
                       markersize=7, elinewidth=2, label=line["label"],
                       markerfacecolor=style["color"] if line["solid"] else "white")
-        if abs(x) > limit:  # an arrow beyond the axis
+        if max(abs(x), abs(report or 0)) > limit:  # an arrow beyond the axis
             words = f"{x:+.1f}" + (f" (report {report:+.1f})" if report is not None else "")
             axis.annotate(words, (math.copysign(limit, x), y), (math.copysign(0.68 * limit, x), y),
                           fontsize=8.5, ha="center", va="center", arrowprops={"arrowstyle": "->"})
@@ -1444,18 +1463,21 @@ def predict(flags, build, device):
     mean, std = (torch.tensor(part, device=device).view(1, 3, 1, 1)
                  for part in identity["normalization"])
     rows = torch.tensor([i for i in range(len(paths)) if i not in unreadable], device=device)
-    data = Data("", root, classes, images, rows, rows, rows, rows, mean, std, "")
-    dtype, right = getattr(torch, state["precision"].split()[-1]), []
-    probabilities = compute_logits(model, data, rows, dtype).softmax(dim=1) if len(rows) else []
+    labels = torch.zeros(len(paths), dtype=torch.int64, device=device)  # not known
+    data = Data("", root, classes, images, labels, rows, rows, rows, mean, std, "")
+    right, probabilities = [], []
+    if len(rows):
+        probabilities = compute_logits(model, data, rows, torch.float32).softmax(dim=1)
     for i, row in zip(rows.tolist(), probabilities):
         label = classes[row.argmax()]
         print(f"{shown_path(paths[i])}: {label} {row.max():.1%}")
-        folders = paths[i].relative_to(root.parent).parts[-2::-1]  # the nearest first
-        right += [name == label for name in folders if name in classes][:1]
+        named = [part for part in paths[i].relative_to(root.parent).parts[:-1] if part in classes]
+        if named:  # the nearest folder counts
+            right.append(named[-1] == label)
     if right:
         print(f"As their folder is named: {sum(right):,} of {len(right):,}, {np.mean(right):.1%}")
-    if unreadable:
-        raise Problem(f"not read as images: {'; '.join(unreadable.values())}")
+    if unreadable or not paths:
+        raise Problem(f"not read as images: {'; '.join(unreadable.values()) or root}")
 
 
 # ==================== device ====================
@@ -1464,8 +1486,11 @@ def predict(flags, build, device):
 def choose_device(flags):
     """The torch.device and the dtype of the flags. "auto" takes CUDA where there is one, and
     bfloat16, else float16, where it is native: elsewhere it is several times slower."""
-    name = "cuda" if flags.device == "auto" and torch.cuda.is_available() else flags.device
-    name = {"auto": "cpu", "cuda": f"cuda:{os.environ.get('LOCAL_RANK', 0)}"}.get(name, name)
+    name = flags.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # torchrun's processes have a GPU each
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros((), device=device)

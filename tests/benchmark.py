@@ -25,8 +25,7 @@ import utils  # noqa: E402
 
 ROUNDS, BATCH = 3, 200
 PLAIN = {  # technique: torchvision's transform of a PIL image, with the same parameters as ours
-    "none": [],
-    "vertical_flip": [transforms.RandomVerticalFlip()],
+    "none": [], "vertical_flip": [transforms.RandomVerticalFlip()],
     "horizontal_flip": [transforms.RandomHorizontalFlip()],
     "rotation": [transforms.RandomRotation(45)],
     "resize_crop": [transforms.Resize(40), transforms.RandomCrop(32)],
@@ -92,8 +91,8 @@ def plain_loop(network, data, augmentation, device):
     pictures = [*zip(map(Image.fromarray, pixels), data.labels[data.train].tolist())]
 
     def collate(pairs):
-        images, labels = zip(*pairs)
-        return torch.stack([transform(image) for image in images]), torch.tensor(labels)
+        return torch.stack([transform(image) for image, _ in pairs]), torch.tensor(
+            [label for _, label in pairs])
 
     def epoch():
         total = 0
@@ -120,8 +119,8 @@ def measure(name, data, device, dtype, flags):
         mine = seconds(ours, device)
         return_freed_memory()
         torch.backends.cudnn.allow_tf32 = True  # as it is by default
-        rate = max(matrix_rate(device, of) for of in {dtype, torch.float32})
-        times.append((mine, seconds(plain, device), rate))
+        times.append((mine, seconds(plain, device),
+                      max(matrix_rate(device, of) for of in {dtype, torch.float32})))
     mine, plainly, best = map(statistics.median, zip(*times[1:]))  # the first: warm-up
     with FlopCounterMode(display=False) as counter:
         network().to(device).eval()(data.batch(data.train[:1])[0]).sum().backward()
@@ -140,9 +139,11 @@ def main():
           "| network | ours, images/s | plain, images/s | ratio | ours, GFLOP/s | of the best "
           "matrix rate |\n" + "|---" * 6 + "|")
     for name, (_, augmentation) in ROWS.items():
-        measure(name, data, device, dtype, flags)
-        if device.type == "cuda" and augmentation == "none":
-            measure(f"{name}, --compile", data, device, dtype, flags.replace(compile=True))
+        on_gpu = device.type == "cuda" and augmentation == "none"
+        for extra in ("", *["compile", "deterministic"] * on_gpu):
+            changed = flags.replace(**{extra: True} if extra else {})
+            utils.choose_device(changed)
+            measure(name + f", --{extra}" * bool(extra), data, device, dtype, changed)
 
 
 if __name__ == "__main__":

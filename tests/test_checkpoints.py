@@ -21,7 +21,7 @@ import ex3_pretrained
 import utils
 
 FULL = [*TINY, "--earlystop", "--patience=4", "--monitor=loss", "--num_epochs=6",
-        "--augmentation=rotation+color_jitter"]
+        "--augmentation=rotation+color_jitter", "--device=cpu"]
 FROZEN = [*FULL, "--pretrained=weights.pth", "--fine_tune=False"]
 RUNS = {"convnet": (ex3_convnet, [*FULL, "--norm_flag", "--dropout=0.2"]),  # best epoch: 5
         "frozen": (ex3_pretrained, [*FROZEN, "--augmentation=horizontal_flip"]),
@@ -125,7 +125,6 @@ def test_each_run_has_a_folder_with_the_reports_names_which_may_be_deleted(
     shutil.rmtree(small / "checkpoints")
     ex3_convnet.main([*argv, "--resume"])
     assert re.search(r"There is no checkpoints/\S+/latest_\S+ .* epoch 1", capsys.readouterr().out)
-    assert len(checkpoints_in(small)) == 2
 
 
 def test_without_resume_a_longer_checkpoint_is_kept_aside(run, small, capsys):
@@ -147,12 +146,12 @@ def test_without_resume_a_longer_checkpoint_is_kept_aside(run, small, capsys):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda content: b"", lambda content: content[:-1000],
-    lambda content: pickle.dumps(print, 2)])  # a file that would run code
+    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    lambda path: torch.save(print, path)])  # it would run code
 def test_a_damaged_checkpoint_is_named_in_one_sentence(small, damage):
     ex3_convnet.main(TINY)
     path, = small.rglob("*.ckpt")
-    path.write_bytes(damage(path.read_bytes()))
+    damage(path)
     with pytest.raises(utils.Problem, match=f"^{re.escape(str(path))} .*damaged.*$"):
         ex3_convnet.main([*TINY, "--resume"])
 
@@ -185,8 +184,7 @@ def command(project, photos):
     assert rule in source
     path.write_text(source.replace(rule, "True:"), encoding="utf-8")
     return [sys.executable, "ex3_convnet.py", *RUNS["convnet"][1], f"--dataset={photos}",
-            "--num_training=0", "--num_validation=0", "--num_epochs=100000", "--patience=0",
-            "--device=cpu"]
+            "--num_training=0", "--num_validation=0", "--num_epochs=100000", "--patience=0"]
 
 
 def test_a_process_that_is_interrupted_and_then_killed_loses_nothing(

@@ -31,8 +31,7 @@ def load(dataset, *argv, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
                            torch.device("cpu"))
 
 
-def levels(data, part):
-    """The grey level of each image of a part, in their order."""
+def levels(data, part):  # the grey of each image
     return data.images[getattr(data, part), 0, 0, 0].tolist()
 
 
@@ -148,7 +147,7 @@ def test_the_split_of_photos(photos):
 @pytest.mark.parametrize("argv", ["--num_training=23", "--num_validation=24",
                                   "--num_training=20 --num_validation=5"])
 def test_an_impossible_split_is_a_wrong_flag(photos, argv):
-    with pytest.raises(utils.Problem, match="are more than the 24 of photos") as problem:
+    with pytest.raises(utils.Problem, match="photos has 24 images to train") as problem:
         load(photos, *argv.split())
     assert problem.value.status == 2
 
@@ -284,8 +283,8 @@ def saved(kind, **options):
 
 def chunk(kind, content):
     """A part of a PNG."""
-    crc = struct.pack(">I", zlib.crc32(kind + content))
-    return struct.pack(">I", len(content)) + kind + content + crc
+    return struct.pack(">I4s", len(content), kind) + content + struct.pack(
+        ">I", zlib.crc32(kind + content))
 
 
 def png16(color_type, channels):
@@ -339,17 +338,19 @@ MOVING = {"save_all": True, "append_images": [new("RGB", color="blue")]}
       for kind in ("gif", "png", "webp"))])
 def test_every_kind_of_picture_becomes_rgb_on_white(tmp_path, image, name, options, expected):
     image.save(tmp_path / name, **options)
-    with Image.open(tmp_path / name) as saved:
-        assert getattr(saved, "n_frames", 1) == (2 if options is MOVING else 1)
+    with Image.open(tmp_path / name) as file:
+        assert getattr(file, "n_frames", 1) == (2 if options is MOVING else 1)
     assert read(tmp_path / name)[16, 16].tolist() == pytest.approx(expected, abs=3)
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("grey.png", png16(0, 1)), ("rgb.png", png16(2, 3)), ("grey, transparent.png", png16(4, 2)),
-    ("rgba.png", png16(6, 4)), ("grey.tif", None), ("rgb.tif", TIFF)])
-def test_more_than_8_bits_are_refused(tmp_path, name, content):
+DEEP = {"grey.png": png16(0, 1), "rgb.png": png16(2, 3), "grey and alpha.png": png16(4, 2),
+        "rgba.png": png16(6, 4), "grey.tif": None, "rgb.tif": TIFF}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_more_than_8_bits_are_refused(tmp_path, name):
     path = tmp_path / name
-    path.write_bytes(content) if content else Image.new("I;16", (32, 32), 4000).save(path)
+    path.write_bytes(DEEP[name]) if DEEP[name] else new("I;16", color=4000).save(path)
     Image.open(path).load()  # it is a picture
     assert read(path) == f"{path} (more than 8 bits a channel)"
 

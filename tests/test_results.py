@@ -5,24 +5,26 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, records_in
-from test_records import GELU, change, edited, page
+from test_records import ARGV, GELU, change, edited, page
 
 import ex3_convnet
 import ex3_pretrained
 import utils
 
-ARGV = [*TINY, "--num_epochs=1"]
 TWO_A = [*ARGV, "--question=2a"]
 LINE = " ".join(ARGV)
 
-# runs command lines, each as Python runs a script, and edits it first by "old=>new|"
+# runs command lines on few images, each as Python runs a script, and edits it first by "old=>new|"
 DRIVER = """
 import pathlib, runpy, sys
+import utils
+drawn = utils.draw_synthetic(80, 100)
+utils.draw_synthetic = lambda: (*drawn[:3], (60, 20, 100))
 for command in sys.argv[1:]:
     *edits, command = command.split("|")
     sys.argv = command.split()
@@ -36,20 +38,6 @@ for command in sys.argv[1:]:
     except SystemExit as end:
         print("exit code", end.code)
 """
-
-
-@pytest.fixture
-def home(project):
-    """The project with fewer synthetic images, and with published results, all in git."""
-    source = (project.folder / "utils.py").read_text(encoding="utf-8")
-    fewer = source.replace("num_train=5000, num_test=1000", "num_train=80, num_test=100")
-    assert fewer != source
-    (project.folder / "utils.py").write_text(fewer, encoding="utf-8")
-    shutil.copytree(ROOT / "figures/published", project.folder / "figures/published")
-    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", "-C", str(project.folder)]
-    subprocess.run([*git, "add", "."], check=True)
-    subprocess.run([*git, "commit", "-qm", "published"], check=True)
-    return project
 
 
 def rows_of(folder):
@@ -68,30 +56,28 @@ def trainings(monkeypatch):
     return epochs
 
 
-def test_plain_things_leave_each_their_own_results_and_nothing_that_git_sees(home):
+def test_plain_things_leave_each_their_own_results_and_nothing_that_git_sees(project):
     """README's first command, sweeps by flags and by edits, a copy of the script with another
     network, a question, and settings that match no record."""
-    source = (home.folder / "ex3_convnet.py").read_text(encoding="utf-8")
-    (home.folder / "mine.py").write_text(source.replace(*GELU), encoding="utf-8")
-    done = home(
+    shutil.copy(project.folder / "ex3_convnet.py", project.folder / "mine.py")
+    done = project(
         "-c", DRIVER, f"ex3_convnet.py {LINE} --norm_flag --learning_rate=0.0005",
         *(f"ex3_convnet.py {LINE} --seed=3 --learning_rate={rate}" for rate in (0.1, 0.01, 0.001)),
-        f"ex3_convnet.py {LINE}", f"learning_rate = 2e-3=>learning_rate = .01|ex3_convnet.py {LINE}",
-        f"learning_rate = .01=>learning_rate = 0.1|ex3_convnet.py {LINE}",
-        f"mine.py {LINE} --question=2a", f"ex3_convnet.py {LINE} --question=2a",
+        f"ex3_convnet.py {LINE}", f"rate = 2e-3=>rate = .01|ex3_convnet.py {LINE}",
+        f"rate = .01=>rate = 0.1|ex3_convnet.py {LINE}",
+        f"{'=>'.join(GELU)}|mine.py {LINE} --question=2a", f"ex3_convnet.py {LINE} --question=2a",
         "ex3_convnet.py --redraw", f"ex3_pretrained.py {LINE} --redraw",
         "ex3_convnet.py --redraw --results=figures/published --reg=0.3")
     assert "Traceback" not in done.stderr, done.stderr
     assert re.findall("exit code (.*)", done.stdout) == [*9 * "0", *3 * "1"]
     assert [line[-18:] for line in done.stderr.splitlines()] == 3 * ["has these settings"]
-    assert home.status().split() == ["M", "ex3_convnet.py", "??", "mine.py"]
-    place, own = (home.folder / "figures/synthetic-60" / of for of in ("ex3_convnet", "mine"))
-    assert sorted((row["seed"], row["learning_rate"], row["norm_flag"]) for row in rows_of(place)) == [
-        ("0", "0.0005", "True"), ("0", "0.002", ""), ("0", "0.01", ""), ("0", "0.1", ""),
-        ("0", "0.1", "True"), ("3", "0.001", ""), ("3", "0.01", ""), ("3", "0.1", "")]
-    assert {row["commit"].endswith("-dirty") for row in rows_of(place) if row["seed"] == "3"} == {
-        False}
-    assert {row["commit"].endswith("-dirty") for row in rows_of(own)} == {True}
+    assert project.status().split() == ["M", "ex3_convnet.py", "??", "mine.py"]
+    place, own = (project.folder / "figures/synthetic-60" / of for of in ("ex3_convnet", "mine"))
+    assert sorted((row["seed"], row["learning_rate"], row["norm_flag"],
+                   row["commit"].endswith("-dirty")) for row in rows_of(place)) == [
+        ("0", "0.0005", "True", False), ("0", "0.002", "", False), ("0", "0.01", "", True),
+        ("0", "0.1", "", True), ("0", "0.1", "True", True), ("3", "0.001", "", False),
+        ("3", "0.01", "", False), ("3", "0.1", "", False)]
     for kind in "curves", "filters", "classes":
         assert len([*place.glob(f"*_{kind}.png")]) == 7
     for folder, script, records in (place, "ex3_convnet", 8), (own, "mine", 2):
@@ -100,30 +86,29 @@ def test_plain_things_leave_each_their_own_results_and_nothing_that_git_sees(hom
         assert len([*folder.glob("records/*")]) == len(rows_of(folder)) == records
 
 
-def test_torchrun_shares_the_runs_of_a_question(home, few, monkeypatch, capsys):
+def test_torchrun_shares_the_runs_of_a_question(project, photos, monkeypatch, capsys):
     """Each is done once, nobody draws; what is missing is done by a second call."""
-    done = home("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                "ex3_convnet.py", *TWO_A, "--seeds=2", OMP_NUM_THREADS="1")
+    argv = [*TWO_A, f"--dataset={photos}", "--num_training=16", "--num_validation=4", "--seeds=2"]
+    done = project("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                   "ex3_convnet.py", *argv, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    place = home.folder / "figures/synthetic-60/ex3_convnet"
+    place = next(project.folder.glob("figures/*/ex3_convnet"))
     assert [path.name for path in place.iterdir()] == ["records"]
-    assert len(records_in(home.folder)) == 4
-    for words, times in ("Run 1 of 2", 2), ("Run 2 of 2", 2), ("--redraw", 2), *(
-            (f": ConvNet{kind}, seed {seed}\n", 1) for kind in ("", ", batch norm")
-            for seed in (0, 1)):
-        assert done.stdout.count(words) == times
-    monkeypatch.setattr(utils, "FOLDER", home.folder)
+    assert len(records_in(project.folder)) == 4
+    assert [done.stdout.count(of) for of in ("Run 1 of 2", "Run 2 of 2", "--redraw")] == [2, 2, 2]
+    for title in "ConvNet, seed", "ConvNet, batch norm, seed":
+        assert [done.stdout.count(f": {title} {i}\n") for i in range(3)] == [1, 1, 0]
+    monkeypatch.setattr(utils, "FOLDER", project.folder)
     monkeypatch.setattr(ex3_convnet, "CHANNELS", (8, 8, 8, 8, 8))
-    missing = next(place.glob("records/convnet_*_seed1*"))
-    missing.unlink()
+    (missing := next(place.glob("records/convnet_*_seed1*"))).unlink()
     monkeypatch.setenv("WORLD_SIZE", "5")  # more than there are runs
     for rank in range(5):
         monkeypatch.setenv("RANK", str(rank))
-        assert ex3_convnet.main([*TWO_A, "--seeds=2"]) == []
+        assert ex3_convnet.main(argv) == []
     assert missing.exists()
     assert capsys.readouterr().out.count("recorded already") == 3
     monkeypatch.delenv("WORLD_SIZE")
-    assert len(ex3_convnet.main([*TWO_A, "--redraw"])) == 4
+    assert len(ex3_convnet.main([*argv, "--redraw"])) == 4
     assert (place / "figure_3_4.png").exists()
 
 
@@ -146,7 +131,8 @@ def test_a_question_trains_though_its_results_are_published(
 def test_what_is_recorded_is_skipped_and_run_again_only_on_demand(small, trainings, capsys):
     ex3_convnet.main([*TWO_A, "--seeds=2"])
     first = files_in(next(small.glob("figures/*/*/records")))
-    assert (len(first), len(trainings)) == (4, 4)
+    assert sorted(path.name[-10:] for path in first) == 2 * ["seed0.json"] + 2 * ["seed1.json"]
+    assert len(trainings) == 4
     capsys.readouterr()
     assert len(ex3_convnet.main([*TWO_A, "--seeds=3"])) == 6
     out = capsys.readouterr().out
@@ -160,30 +146,34 @@ def test_what_is_recorded_is_skipped_and_run_again_only_on_demand(small, trainin
 
 
 def test_a_redrawn_question_shows_the_runs_with_its_settings(small):
-    """The script's own, whatever else was tried."""
-    for argv in ["--reg=0.1"], ["--dropout=0.2"], ["--question=1"], ["--learning_rate=0.01"]:
-        ex3_convnet.main([*ARGV, *argv])
-    record, = ex3_convnet.main([*ARGV, "--question=1", "--redraw"])
-    assert record["identity"]["settings"]["reg"] == 0.001
-    record, = ex3_convnet.main([*ARGV, "--question=1", "--redraw", "--reg=0.1"])
-    assert record["identity"]["settings"]["reg"] == 0.1
+    for flag in "--reg=0.1", "--dropout=0.2", "--question=1", "--learning_rate=0.01":
+        ex3_convnet.main([*ARGV, flag])
+    for reg in 0.001, 0.1:
+        record, = ex3_convnet.main([*ARGV, "--question=1", "--redraw", f"--reg={reg}"])
+        assert record["identity"]["settings"]["reg"] == reg
     before = files_in(small)
     with pytest.raises(utils.Problem, match="no record in figures/synthetic-60/ex3_convnet has"):
         ex3_convnet.main([*ARGV, "--question=1", "--redraw", "--reg=0.2"])
     assert files_in(small) == before
 
 
-def test_main_returns_the_records_that_it_shows(small, tiny_vgg):
-    """With keys that say what they are; a history has a number for each epoch."""
+def test_main_returns_the_records_that_it_shows(small, weights_file, capsys):
+    """With keys that say what they are, a number for each epoch, and no word about others."""
     shown = ex3_convnet.main([*TINY, "--seed=4", "--augmentation=rotation"])
-    shown += ex3_pretrained.main([*TINY, "--pretrained=none", "--seeds=2"])
+    for weights in weights_file, "none":
+        shown += ex3_pretrained.main([*TINY, f"--pretrained={weights}", "--seeds=2"])
+    assert capsys.readouterr().err == ""
     assert [(record["title"], record["seed"]) for record in shown] == [
-        ("ConvNet, rotation", 4), ("VGG11-BN from scratch", 0), ("VGG11-BN from scratch", 1)]
+        ("ConvNet, rotation", 4), *((f"VGG11-BN {of}", seed) for of in (
+            "fine-tuned, weights weights", "from scratch") for seed in (0, 1))]
     for record in shown:
         assert {"title", "data", "classes", "seed", "identity", "result", "history", "confusion",
                 "precision", "device", "torch", "commit", "finished"} <= record.keys()
         assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy",
                 "seconds"} <= record["history"].keys()
+        finished = datetime.fromisoformat(record["finished"])
+        assert finished.utcoffset() == timedelta(0)
+        assert abs(datetime.now(UTC) - finished) < timedelta(minutes=5)
         assert {len(values) for values in record["history"].values()} == {2}
         confusion, result = np.array(record["confusion"]), record["result"]
         assert confusion.sum() == 100

@@ -98,9 +98,8 @@ def test_what_is_random_in_an_epoch_depends_on_seed_and_epoch_only():
 def test_a_run_is_that_of_its_seed_whatever_ran_before(small):
     argv = [*TINY, "--dropout=0.2", "--augmentation=rotation"]
     several = ex3_convnet.main([*argv, "--seeds=2"])
-    assert comparable(ex3_convnet.main([*argv, "--seed=1"])) == comparable(several)
+    assert comparable(ex3_convnet.main([*argv, "--seed=1"])) == comparable(several[1:])
     assert several[0]["history"]["train_loss"] != several[1]["history"]["train_loss"]
-    assert several[0]["filters"]["before"] != several[1]["filters"]["before"]
 
 
 def test_a_run_equals_a_plain_loop(small, data):
@@ -156,7 +155,6 @@ def test_statistics_are_re_estimated_on_plain_images_with_dropout_off(small_conv
     assert comparable(model.state_dict()) == before
     assert all(layer.training for layer in model.modules())
     assert {layer.momentum for layer in model.layers if hasattr(layer, "momentum")} == {0.1}
-
     expected = {layer: [] for layer in layers if isinstance(layer, nn.BatchNorm2d)}
     for part in data.train.split(30):
         x = plain_batch(data, part)[0]
@@ -216,17 +214,18 @@ def test_the_first_best_epoch_is_reported_and_training_ends_after_patience(
     argv = [*TINY, *argv, "--earlystop", "--learning_rate=0.02", *flags]
     record, = script.main([*argv, f"--num_epochs={len(losses)}"])
     history, result = record["history"], record["result"]
-    assert (result["best_epoch"], result["epoch"], len(history["val_loss"])) == (best, best, epochs)
+    assert (result["best_epoch"], result["epoch"]) == (best, best)
     assert result["val_accuracy"] == accuracies[best - 1]
-    assert result["latest_val_accuracy"] == accuracies[epochs - 1]
+    assert history["val_accuracy"] == accuracies[:epochs]
     assert result["train_accuracy"] == history["train_accuracy"][best - 1]
-
     flags = parse(*argv, script=script)
     data = utils.load_data(flags, script.MEAN, script.STD, CPU)
-    tested, model = [], script.build(flags, 10)
+    tested, heads, model = [], [], script.build(flags, 10)
     for state in checkpoints_in(small).values():  # best, latest
         model.load_state_dict(state["model"])
         tested.append((state["epoch"], evaluate(model, data, data.test, FLOAT32)[1]))
+        heads.append([*state["model"].values()][-1])
+    assert not torch.equal(*heads)
     assert tested == [(best, result["test_accuracy"]), (epochs, result["latest_test_accuracy"])]
     assert np.trace(record["confusion"]) == round(100 * result["test_accuracy"])
 
@@ -249,7 +248,7 @@ def test_below_a_hundred_validation_images_the_best_epoch_is_called_luck(
     drawn = utils.draw_synthetic()
     monkeypatch.setattr(utils, "draw_synthetic", lambda: (*drawn[:3], sizes))
     ex3_convnet.main([*TINY, "--num_validation=0", *argv])
-    assert len(re.findall(r"99 validation images.*luck", capsys.readouterr().out)) == told
+    assert len(re.findall(r"validation images.*luck", capsys.readouterr().out)) == told
 
 
 def test_a_run_that_diverges_fails_and_the_others_of_a_question_go_on(small, capsys):
@@ -259,7 +258,6 @@ def test_a_run_that_diverges_fails_and_the_others_of_a_question_go_on(small, cap
         ex3_convnet.main([*TINY, "--question=2a", "--learning_rate=1e6"])
     assert problem.value.status == 1
     assert [record["title"] for record in records_in(small)] == ["ConvNet, batch norm"]
-    assert "| with batch norm | " in next(small.rglob("README.md")).read_text()
 
 
 @pytest.mark.parametrize("name", ["train_one_epoch", "evaluate"])
