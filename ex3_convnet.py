@@ -275,8 +275,8 @@ def draw(question, results, flags, folder, data):
     if question == "none":
         utils.plot_run(flags, results, folder)
     elif question == "1":
-        for record in results["without batch norm"][:1]:
-            utils.plot_filters(record, folder / "figure_1_2_filters.png", record["title"])
+        first = results["without batch norm"][0]
+        utils.plot_filters(first, folder / "figure_1_2_filters.png", first["title"])
     elif question == "2a":
         utils.plot_learning_curves(results, "Figures 3 and 4: ConvNet", folder / "figure_3_4.png",
                                    QUESTIONS["2a"].report, lowest=40)
@@ -295,8 +295,7 @@ def plot_early_stopping(results, path):
     figure = plt.figure(figsize=(10, 1 + 3.6 * -(-len(results) // 2)))
     axes = panels(figure, len(results), columns=2)
     for axis, (name, records) in zip(axes, results.items()):
-        report = QUESTIONS["2b"].report(name, records)
-        utils.draw_curves(axis, records, "accuracy", report=report)
+        utils.draw_curves(axis, records, "accuracy", report=QUESTIONS["2b"].report(name, records))
         for record in records:
             accuracy = record["history"]["val_accuracy"]
             axis.plot(len(accuracy), 100 * accuracy[-1], "ks", markersize=5, label="stop")

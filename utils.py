@@ -1379,7 +1379,7 @@ def plot_conclusions(verdicts, path, with_report):
             "solid": word != "too few seeds", "report": claim.report_lead if with_report else None,
             "style": {"marker": "o", "color": colors.get(word, "0.4"), "linestyle": "none"},
             "margin": [value for value in (claim.above, claim.below) if math.isfinite(value)]})
-    plot_lines(lines, 12, 0.36, "lead of the first-named, points of accuracy", "Same conclusions?",
+    plot_lines(lines, 12, 0.31, "lead of the first-named, points of accuracy", "Same conclusions?",
                path)
 
 

@@ -141,8 +141,7 @@ def test_what_is_recorded_is_skipped_and_run_again_only_on_demand(small, trainin
         f"Run {i + 1} of 6: ConvNet{', batch norm' * (i > 2)}, seed {i % 3}" for i in range(6)]
     assert first.items() <= files_in(small).items()
     ex3_convnet.main([*TWO_A, "--rerun"])
-    assert len(trainings) == 8
-    assert len(records_in(small)) == 6
+    assert (len(trainings), len(records_in(small))) == (8, 6)
 
 
 def test_a_redrawn_question_shows_the_runs_with_its_settings(small):
