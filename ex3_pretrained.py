@@ -255,7 +255,7 @@ def train(run, data):
             run.keep_best(epoch, score)
         run.end_epoch(**numbers)
 
-    run.save(everything=True)
+    run.save()
     tested, confusion = utils.test(run, model, data)
     run.finish(tested, confusion, {"before": filters, "after": utils.first_filters(model)})
 

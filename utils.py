@@ -637,7 +637,7 @@ def test(run, model, data):
     result = {}
     if run.best_epoch:
         _, result["latest_test_accuracy"] = evaluate(model, data, data.test, run.dtype)
-        model.load_state_dict(run.best_weights, strict=False)
+        model.load_state_dict(run.best_weights)
     predicted = compute_logits(model, data, data.test, run.dtype).argmax(dim=1)
     labels, count = data.labels[data.test], len(data.classes)
     confusion = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
@@ -699,15 +699,17 @@ class Run:
     def restore(self, state):
         """Go on from the state of an interrupted run. No generator: every epoch seeds its own."""
         flags, patience = self.flags, state["settings"]["patience"]
-        if state["epoch"] > flags.num_epochs or 0 < flags.patience < (patience or math.inf):
+        if state["epoch"] > flags.num_epochs or (
+                flags.earlystop and 0 < flags.patience < (patience or math.inf)):  # 0 is endless
             raise Problem(f"the checkpoint is of epoch {state['epoch']} and --patience={patience}: "
                           "give at least as many, or leave out --resume")
         for name, part in self.parts.items():
-            strict = {"strict": False} if name == "model" else {}  # what is frozen is not in it
             if state[name]:  # that of a scaler which is off is empty
-                part.load_state_dict(state[name], **strict)
+                part.load_state_dict(state[name])
         for name in ("epoch", "history", "best_epoch", "best_score", "best_weights"):
             setattr(self, name, state[name])
+        if state["precision"].split()[-1] != self.precision:  # on another machine
+            self.precision = f"{state['precision']}, from epoch {self.epoch + 1} {self.precision}"
         self.on_disk = self.epoch
         print(f"Resumed after epoch {self.epoch}")
 
@@ -725,7 +727,7 @@ class Run:
     def keep_best(self, epoch, score):
         """Remember the weights of the best epoch so far."""
         self.best_epoch, self.best_score = epoch, score
-        self.best_weights = copy.deepcopy(learning_state(self.parts["model"]))
+        self.best_weights = copy.deepcopy(self.parts["model"].state_dict())
 
     def end_epoch(self, **numbers):
         """Log the numbers of an epoch; save, if the last time is ten seconds ago. Raises Problem if
@@ -746,20 +748,18 @@ class Run:
                             left, **numbers))
         self.epoch_start = time.perf_counter()
 
-    def save(self, everything=False):
+    def save(self):
         """Write the latest and the best model. The latest has the best weights, too, so that a
-        kill between the two files loses nothing; of a frozen network it has what learns."""
-        model = self.parts["model"]
-        about = {"title": self.title, "identity": self.identity, "classes": self.data.classes,
+        kill between the two files loses nothing."""
+        about = {"identity": self.identity, "classes": self.data.classes,
                  "settings": {name: getattr(self.flags, name) for name in self.flags.counting},
-                 "precision": self.precision, "history": self.history}
+                 "precision": self.precision, "history": self.history, "epoch": self.epoch}
         if self.best_epoch:
-            save_checkpoint(self.best, {**about, "epoch": self.best_epoch, "model": {
-                **model.state_dict(), **self.best_weights}})
-        states = {name: part.state_dict() for name, part in self.parts.items()}
+            save_checkpoint(self.best, {**about, "epoch": self.best_epoch,
+                                        "model": self.best_weights})
         save_checkpoint(self.latest, {
-            **about, **states, "model": states["model"] if everything else learning_state(model),
-            "epoch": self.epoch, "best_epoch": self.best_epoch, "best_score": self.best_score,
+            **about, **{name: part.state_dict() for name, part in self.parts.items()},
+            "best_epoch": self.best_epoch, "best_score": self.best_score,
             "best_weights": self.best_weights})
         self.saved_at, self.on_disk = time.perf_counter(), self.epoch
 
@@ -780,7 +780,7 @@ class Run:
             "pretrained": Path(vars(self.flags).get("pretrained", "none")).name,
             "precision": self.precision, "compile": self.flags.compile,
             "device": describe_device(self.data.images.device), "torch": torch.__version__,
-            "commit": self.commit, "finished": datetime.now(UTC).isoformat(timespec="seconds")})
+            "commit": self.commit, "finished": datetime.now(UTC).isoformat()})
         words = [f"{name.replace('_', ' ')} {value:.1%}" for name, value in result.items()
                  if name in accuracies or name in tested and "latest" not in name]
         print(f"{'Best' if self.best_epoch else 'Last'} model, epoch {epoch}: {', '.join(words)}")
@@ -790,7 +790,7 @@ class Run:
 
 def make_identity(flags, data, weights, model, optimizer, scheduler, **_):
     """All that decides what a run computes, except its seed, as plain and readable values. What it
-    cannot see: the code of a layer or an augmentation, and how initial weights are drawn."""
+    cannot see: the code of a layer or an augmentation, initial weights, and which are frozen."""
     names = [] if flags.augmentation == "none" else flags.augmentation.split("+")
     return plain({
         "script": flags.script, "settings": flags.settings(), "precision": flags.precision,
@@ -849,12 +849,6 @@ def git_commit():
             ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--exclude=*"],
             capture_output=True, text=True).stdout.strip()
     return ""
-
-
-def learning_state(model):
-    """The state of a network without the weights that are frozen."""
-    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
 @contextmanager
@@ -1454,8 +1448,8 @@ def predict(flags, build, device):
             raise RuntimeError
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, RuntimeError) as problem:
-        raise Problem(f"{flags.checkpoint} is no best_model of the network that {flags.script}.py "
-                      "builds today") from problem
+        raise Problem(f"{flags.checkpoint} is not of the network that {flags.script}.py has today"
+                      ) from problem
     root = Path(os.path.expanduser(flags.predict)).resolve()
     paths = find_images(root) if root.is_dir() else [root]
     images, unreadable = read_images(paths, settings["image_size"])

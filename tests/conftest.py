@@ -21,9 +21,11 @@ import ex3_pretrained
 import utils
 
 matplotlib.use("Agg")
+torch.set_num_threads(1)  # several processes of tests would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # of those that tests start
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset=synthetic", "--num_training=60", "--num_validation=20", "--num_epochs=2",
-        "--batch_size=20", "--precision=float32"]  # with `few` a run of a moment
+        "--batch_size=20", "--precision=float32", "--device=cpu"]  # with `few` a run of a moment
 
 
 def parse(*argv, script=ex3_convnet):

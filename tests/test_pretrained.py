@@ -5,7 +5,6 @@ import hashlib
 import pytest
 import torch
 from conftest import TINY, checkpoints_in, parse, random_weights, tiny_features, vgg_features
-from test_checkpoints import clock, interrupted
 from torch import nn
 from torchvision.models import VGG11_BN_Weights
 
@@ -166,16 +165,3 @@ def test_features_computed_once_give_the_same_numbers(run, monkeypatch, augmenta
     assert once["result"] == pytest.approx(plain["result"], abs=1e-6)
     for name in plain["history"].keys() - {"seconds"}:
         assert once["history"][name] == pytest.approx(plain["history"][name], rel=1e-4), name
-
-
-def test_of_a_frozen_network_the_latest_checkpoint_is_small_until_the_end(run, small, monkeypatch):
-    """The best is whole at any time: it is what one predicts with, and pretrains from."""
-    monkeypatch.setattr(utils, "time", clock())  # checkpoints after each epoch
-    with interrupted(3):
-        run(FROZEN, "--num_epochs=4")
-    best, latest = checkpoints_in(small).values()
-    frozen = {f"features.{name}" for name, _ in tiny_features().named_parameters()}
-    assert not frozen & (latest["model"].keys() | latest["best_weights"].keys())
-    assert best["model"].keys() == VGG().state_dict().keys()
-    _, best = run(FROZEN, "--num_epochs=4", "--resume")
-    assert [state["model"].keys() for state in checkpoints_in(small).values()] == 2 * [best.keys()]
