@@ -1149,7 +1149,7 @@ def lead_of(first, other, same=False, level=0.95):
     return lead, float(np.ptp(test.confidence_interval(level))) / 2
 
 
-def claim_line(claim, verdict):
+def claim_line(claim, verdict, with_report):
     """A claim as a sentence with its numbers, made of the records."""
     lead, half, (ours, theirs) = verdict["lead"], verdict["half"], verdict["means"]
     margin = max(abs(value) for value in (claim.above, claim.below) if math.isfinite(value))
@@ -1159,7 +1159,7 @@ def claim_line(claim, verdict):
             + f" [{lead - half:+.1f}, {lead + half:+.1f}]" * math.isfinite(half)
             + f", margin {margin:g}" * (margin > 0)
             + f"; {' and '.join(map(str, verdict['seeds']))} seeds."
-            + f" Report: {claim.report}." * bool(claim.report))
+            + f" Report: {claim.report}." * bool(claim.report and with_report))
 
 
 # ==================== the page ====================
@@ -1182,7 +1182,8 @@ def write_page(flags, questions, claims, results, folder):
     for number, runs in results.items():
         question = questions[number]
         lines += [f"## Question {number}", "", question.asked, ""]
-        lines += [claim_line(*pair) for pair in verdicts if pair[0].question == number]
+        lines += [claim_line(claim, verdict, has_report(shown)) for claim, verdict in verdicts
+                  if claim.question == number]
         lines += ["", *table_lines(question, runs)] if question.columns else []
         lines += [f"![{name}]({name})\n" for name in question.figures if (folder / name).exists()]
     with written_beside(folder / "README.md") as temporary:

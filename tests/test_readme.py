@@ -69,12 +69,12 @@ except Exception as problem:
 def test_a_notebook_shows_figures_and_catches_problems(project):
     """In the kernel of a notebook; its command line is not that of the script."""
     nbformat, nbclient = (pytest.importorskip(name) for name in ("nbformat", "nbclient"))
-    sys.modules.pop("ipykernel", None)  # imported on the way; this process is no kernel
     run = f"%run ex3_convnet.py {' '.join(TINY)}"
     notebook = nbformat.v4.new_notebook(cells=[
         nbformat.v4.new_code_cell(source) for source in (NOTEBOOK, run)])
     nbclient.NotebookClient(notebook, timeout=200, resources={
         "metadata": {"path": str(project.folder)}}).execute()
+    sys.modules.pop("ipykernel", None)  # imported on the way; this process is no kernel
     texts = ["".join(part.get("text", "") for part in cell.outputs) for cell in notebook.cells]
     pictures = [sum("image/png" in part.get("data", {}) for part in cell.outputs)
                 for cell in notebook.cells]
