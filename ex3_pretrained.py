@@ -297,7 +297,7 @@ CLAIMS = [  # question, claim, the first, over each of the others by how many po
     Claim("4b", "Pretrained beats from scratch", "Model 1 (fine-tuned)",
           ["Model 2 (from scratch)"], above=0, report="test 84.4 → 88.6", report_lead=4.2),
     # what the report leaves open
-    Claim("4a", "Open: of a frozen network, batch norm in train mode changes less than a point",
+    Claim("4a", "Not in the report: frozen, batch norm's mode changes less than a point",
           "frozen, batch norm in train mode", ["frozen"], above=-1, below=1),
 ]
 
@@ -325,8 +325,7 @@ def main(argv=None):
     """Run what the flags describe, an experiment or a question (argv: None: the command line's).
 
     Returns the records that it shows, a list: of each the title, seed, result, history, ...
-    Raises utils.Problem for what is wrong with flags, data or files, and after all other runs for
-    those that diverged.
+    Raises utils.Problem for what a user can put right, and at the end for runs that diverged.
     """
     flags = utils.parse_flags(globals(), argv)
     device, dtype = utils.choose_device(flags)
