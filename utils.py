@@ -329,6 +329,9 @@ def read_images(paths, size):
                     # which value is white is not known: Pillow would show 12 bits as black
                     raise ValueError("more than 8 bits a channel")
                 image.draft("RGB", (2 * size, 2 * size))  # a JPEG is read near this size, faster
+                image.load()
+                if profile := image.info.get("Raw profile type APP1"):  # as ImageMagick names it
+                    image.info["Raw profile type exif"] = profile
                 upright = ImageOps.exif_transpose(image)
             if upright.has_transparency_data:
                 upright = upright.convert("RGBA")

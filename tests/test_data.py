@@ -303,11 +303,12 @@ TURNED = {"jpeg": saved("jpeg", quality=100, subsampling=0), "png": saved("png")
           "tiff": saved("tiff"), "tiff, lzw": saved("tiff", compression="tiff_lzw"),
           "webp": saved("webp", lossless=True)}
 for kind, note in ((b"eXIf", EXIF.tobytes()[6:]), (b"tEXt", b"Raw profile type exif\0" + PROFILE),
+                   (b"tEXt", b"Raw profile type APP1\0" + PROFILE),
                    (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(PROFILE))):
     for following in b"IDAT", b"IEND":  # before and after the pixels
         bare = saved("png", exif=b"")
         place = bare.index(following) - 4
-        TURNED[f"png, {kind} before {following}"] = bare[:place] + chunk(kind, note) + bare[place:]
+        TURNED[f"{kind} {note[:21]} {following}"] = bare[:place] + chunk(kind, note) + bare[place:]
 
 
 @pytest.mark.parametrize("kind", TURNED)
