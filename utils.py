@@ -1371,7 +1371,7 @@ def plot_conclusions(verdicts, path, with_report):
         rival = f" (the nearest: {verdict['other']})" * (len(claim.others) > 1)
         colors = {"holds": "#2a8a4a", "does not hold": "#b2182b"}
         lines.append({
-            "left": textwrap.fill(claim.text + rival, 40), "label": "ours, 95 %",
+            "left": textwrap.fill(claim.text + rival, 48), "label": "ours, 95 %",
             "right": f"{MARKS[word]} {word}\n{seeds} seeds", "x": verdict["lead"],
             "half": verdict["half"],
             "solid": word != "too few seeds", "report": claim.report_lead if with_report else None,
