@@ -302,9 +302,7 @@ def plot_early_stopping(results, path):
         axis.set_title(name, fontsize=10)
         if utils.has_report(records):
             axis.set_ylim(40, 101)
-    utils.add_legend(figure, axes)
-    utils.save_figure(figure, "Figure 5: early stopping\n"
-                      + utils.caption(sum(results.values(), [])), path)
+    utils.save_figure(figure, "Figure 5: early stopping", path, sum(results.values(), []), axes)
 
 
 def panels(figure, count, columns=3):
@@ -323,17 +321,15 @@ def plot_techniques(results, path):
     for axis, (name, records) in zip(axes, results.items()):
         utils.draw_curves(axis, records, "accuracy", utils.PARTS,
                           QUESTIONS["3a"].report(name, records))
-        plain, augmented = (np.mean([*utils.values_of(records, key).values()])
+        plain, augmented = (np.mean(utils.values_of(records, key))
                             for key in ("val_accuracy", "val_accuracy_augmented"))
         both = f"{augmented:.1f} augmented, {plain:.1f} plain"
         axis.set_title(f"{name}: {both if plain != augmented else f'{plain:.1f}'}", fontsize=9)
         axis.label_outer()
     if utils.has_report(records):
         axes[0].set_ylim(40, 101)
-    utils.add_legend(figure, axes)
     utils.save_figure(figure, "Figure 6: the techniques, with their accuracy (%) on augmented and "
-                      f"on plain validation images\n{utils.caption(sum(results.values(), []))}",
-                      path)
+                      "on plain validation images", path, sum(results.values(), []), axes)
 
 
 def plot_augmented_images(data, path, count=10):
@@ -375,8 +371,7 @@ def plot_dropout(results, path):
                 (normed, "val_accuracy_recalibrated", again, utils.AUGMENTED),
                 (plain, "val_accuracy", "validation, no batch norm",
                  {"color": "0.5", "marker": "v", "linestyle": "none"})):
-            numbers = {rates[name]: [*utils.values_of(results[name], key).values()]
-                       for name in names}
+            numbers = {rates[name]: utils.values_of(results[name], key) for name in names}
             points = [(rate, np.mean(of), np.std(of, ddof=1) if len(of) > 1 else 0)
                       for rate, of in sorted(numbers.items()) if of]
             if points:
@@ -389,7 +384,6 @@ def plot_dropout(results, path):
         axis.set(xlabel="dropout", ylabel="accuracy of the last epoch (%)", ylim=(0, 101))
         axis.grid()
     zoom.set(xlim=(-0.02, 0.62), ylim=(70, 92), title="the same from 0 to 0.6")
-    utils.add_legend(figure, [whole])
     for axis, part, what in ((left, "train", "train"), (right, "val", "validation")):
         for name in normed:
             curves = [record["history"][f"{part}_accuracy"] for record in results[name]]
@@ -401,8 +395,8 @@ def plot_dropout(results, path):
                  ylim=(0, 101))
         axis.grid()
     right.legend(title="dropout", loc="center left", bbox_to_anchor=(1, 0.5))
-    utils.save_figure(figure, "Figure 7: dropout; bars: standard deviation of the seeds\n"
-                      + utils.caption(sum(results.values(), [])), path)
+    utils.save_figure(figure, "Figure 7: dropout; bars: standard deviation of the seeds", path,
+                      sum(results.values(), []), [whole])
 
 
 # ============================================= main =============================================

@@ -9,7 +9,6 @@ Edit the settings below, or give them on the command line:
 
 import copy
 import hashlib
-import os
 import socket
 from dataclasses import dataclass
 from functools import partial
@@ -134,9 +133,8 @@ def load_features(model, pretrained):
         weights = VGG11_BN_Weights.IMAGENET1K_V1
         state, sha256 = download_weights(weights), Path(weights.url).stem.split("-")[1]
     else:
-        path = Path(os.path.expanduser(pretrained))
-        state = utils.load_checkpoint(path)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        state = utils.load_checkpoint(pretrained)
+        sha256 = hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()[:16]
     try:
         state = state.get("model", state)  # a checkpoint has more in it
         model.features.load_state_dict({name.removeprefix("features."): value for name, value in

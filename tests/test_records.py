@@ -221,7 +221,7 @@ def test_records_of_several_machines_stand_in_one_row(small):
     assert len(ex3_convnet.main([*argv, "--redraw"])) == 12
     lines = page(small).splitlines()
     assert [line[-5:] for line in lines if line.startswith("| with")] == ["| 6 |", "| 6 |"]
-    for words in ", 6 seeds", "float16", "3 kinds of machine":
+    for words in ", 12 runs", "bfloat16 and float16", "CPU and GPU 0 and GPU 1":
         assert words in next(line for line in lines if "Accuracies are in %" in line)
 
 
