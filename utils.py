@@ -690,9 +690,8 @@ class Run:
     def set_aside(self):
         """Rename the checkpoint that a new run would overwrite, unless a longer one is there."""
         old = self.latest.with_suffix(".old.ckpt")
-        with suppress(Problem):  # a damaged one, or none
-            if load_checkpoint(old)["epoch"] > load_checkpoint(self.latest)["epoch"]:
-                return
+        if old.exists() and load_checkpoint(old)["epoch"] > load_checkpoint(self.latest)["epoch"]:
+            return
         os.replace(self.latest, old)  # it has the best weights, too
         print(f"The checkpoint of this run is now {old}: rename it back to --resume it")
 
