@@ -1339,8 +1339,9 @@ def plot_lines(lines, limit, height, xlabel, title, path):
                       markerfacecolor=style["color"] if line["solid"] else "white")
         if max(abs(x), abs(report or 0)) > limit:  # beyond the axis
             words = f"{x:+.1f}" + (f" (report {report:+.1f})" if report is not None else "")
-            axis.annotate(words, (math.copysign(limit, x), y), (math.copysign(0.68 * limit, x), y),
-                          fontsize=8.5, ha="center", va="center", arrowprops={"arrowstyle": "->"})
+            end, at = math.copysign(limit, x), y + 0.35 * (abs(x) <= limit)
+            axis.annotate(words, (end, at), (0.68 * end, at), fontsize=8.5, ha="center",
+                          va="center", arrowprops={"arrowstyle": "->"})
     axis.set(xlim=(-limit, limit), ylim=(len(lines) - 0.4, -0.6), xlabel=xlabel)
     save_figure(figure, title, path, legend=[axis])
 
