@@ -370,7 +370,7 @@ def plot_dropout(results, path):
                 (normed, "val_accuracy", "validation", utils.VALIDATION),
                 (normed, "val_accuracy_recalibrated", again, utils.AUGMENTED),
                 (plain, "val_accuracy", "validation, no batch norm",
-                 {"color": "0.5", "marker": "v", "linestyle": "none"})):
+                 {"color": "0.5", "marker": "v", "linestyle": "none", "zorder": 6})):
             numbers = {rates[name]: utils.values_of(results[name], key) for name in names}
             points = [(rate, np.mean(of), np.std(of, ddof=1) if len(of) > 1 else 0)
                       for rate, of in sorted(numbers.items()) if of]
@@ -393,6 +393,7 @@ def plot_dropout(results, path):
                       label=f"{rates[name]:g}")
         axis.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{what}, mean of the seeds",
                  ylim=(0, 101))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid()
     right.legend(title="dropout", loc="center left", bbox_to_anchor=(1, 0.5))
     utils.save_figure(figure, "Figure 7: dropout; bars: standard deviation of the seeds", path,

@@ -84,6 +84,11 @@ class Flags(argparse.Namespace):
         names = sorted(self.counting - {"seed", "pretrained"})  # an identity hashes the weights
         return plain({name: getattr(self, name) for name in names})
 
+    def words(self):
+        """What of these is given on the command line, for a title."""
+        return "".join(f" --{name}={getattr(self, name)}"
+                       for name in sorted(self.given & self.counting - {"seed"}))
+
 
 def parse_flags(script, argv=None):
     """The settings of a script (its globals()), overridden by the flags in argv (None: those of the
@@ -819,7 +824,7 @@ def git_commit():
 def written_beside(path):
     """A temporary path that becomes `path` when all is well: no file is half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{time.time_ns()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -844,7 +849,7 @@ def load_records(folder):
             assert record.keys() >= {"identity", "seed", "result", "history", "finished"}
             records.append(record)
         except (OSError, ValueError, AttributeError, AssertionError):
-            print(f"{path} is left out: no record of a run, or damaged", file=sys.stderr)
+            print(f"{path} is left out: no record of a run, or damaged: delete it", file=sys.stderr)
     return records
 
 
@@ -857,11 +862,11 @@ def find_records(flags, records):
              and ("weights" in record["identity"]) == (flags.pretrained != "none")
              and flags.precision in ("auto", record["identity"].get("precision"))]
     found.sort(key=lambda record: record["finished"])
-    same = [record for record in found if record["identity"] == found[-1]["identity"]]
-    if len(same) < len(found):
-        print(f"{same[0]['title']}: {len(found) - len(same)} records with these settings, but "
-              "another network or recipe, are left out", file=sys.stderr)
-    latest = {record["seed"]: record for record in same}
+    latest = {record["seed"]: record for record in found
+              if record["identity"] == found[-1]["identity"]}
+    if len(latest) < len(found):
+        print(f"{found[-1]['title']}: {len(found) - len(latest)} records are left out: another "
+              f"network or recipe than the latest, seed {found[-1]['seed']}, or a seed twice")
     return [latest[seed] for seed in sorted(latest)]
 
 
@@ -933,7 +938,7 @@ def train_all(plan, describe, train, data, dtype):
 
 
 def find_results(plan, records):
-    """The records of a plan, {question: {name: those of its seeds}}, nothing empty."""
+    """The records of a plan, {question: {name: records}}, nothing empty."""
     every = {str(flags): flags for runs in plan.values() for flags in runs.values()}
     found = {key: find_records(flags, records) for key, flags in every.items()}
     results = {number: {name: found[str(flags)] for name, flags in runs.items()
@@ -950,22 +955,22 @@ def show_results(flags, plan, data, questions, claims, draw, failed):
     """Draw what is planned, by draw(question, {name: records}, flags, folder, data), write page and
     CSV, return the records. Raises Problem if there is none, or runs have failed."""
     if os.environ.get("WORLD_SIZE", "1") != "1":  # a Problem would end torchrun's others
-        print("; ".join([*failed, "when all processes are done, --redraw draws the figures"]))
+        print("; ".join([*failed, "when all processes are done, --redraw draws a question"]))
         return []
     folder = data.folder if data else results_folder(flags, NAMES[flags.dataset])
     records = load_records(folder / "records")
     every = plan if "none" in plan else make_plan(flags.replace(question="all"), questions)
-    every = find_results(every, records)
-    results = {question: every[question] for question in plan if question in every}
+    results = {question: runs for question, runs in find_results(every, records).items()
+               if question in plan or len(runs) > 1}
     for found in results.get("none", {}).values():  # a single experiment
         asked = range(flags.seed, flags.seed + flags.seeds)
         found[:] = [record for record in found if record["seed"] in asked]
+    if results:
+        write_csv(records, folder / "results.csv")
     for question, runs in results.items():
         draw(question, runs, flags, folder, data)
     if results and "none" not in results:
-        write_page(flags, questions, claims, every, folder)
-    if results:
-        write_csv(records, folder / "results.csv")
+        write_page(flags, questions, claims, results, folder)
     if failed or not results:
         raise Problem("; ".join(failed) or f"no record in {folder} has these settings")
     return all_records(results)
@@ -984,9 +989,8 @@ def table_lines(question, results):
     headings = ["", *question.columns, "seeds"]
     lines = [f"**{question.title}**", "", f"| {' | '.join(headings)} |",
              "|---" * len(headings) + "|"]
-    for name, *_ in question.rows:
-        found, cells = results.get(name, []), [name]
-        report = question.report(name, found)
+    for name, found in results.items():
+        report, cells = question.report(name, found), [name]
         for key in question.columns.values():
             numbers, digits = values_of(found, key), 1 if "accuracy" in key else 0
             cell = f"{np.mean(numbers):,.{digits}f}" if numbers else "–"
@@ -994,7 +998,7 @@ def table_lines(question, results):
                 cell += f" ± {np.std(numbers, ddof=1):.{digits}f}"
             cells.append(cell + f" (report {report[key]:,})" if key in report else cell)
         lines.append(f"| {' | '.join(cells)} | {len(found)} |")
-    return [*lines, "", question.note, ""]
+    return [*lines, "", question.note * has_report(found), ""]
 
 
 def caption(records):
@@ -1112,7 +1116,7 @@ def write_page(flags, questions, claims, results, folder):
     """Write README.md with its two pictures; results: {question: {name: records}}."""
     shown = all_records(results)
     known = has_report(shown)
-    lines = [f"# {shown[0]['data']}: {flags.script}.py", "",
+    lines = [f"# {shown[0]['data']}: {flags.script}.py{flags.words()}", "",
              f"{caption(shown)}. Accuracies are in %, after ± the standard deviation over the "
              "seeds; leads are in points of test accuracy, in brackets the 95 % interval.", ""]
     verdicts = [(claim, verdict) for claim in claims if (verdict := judge(claim, results))]
@@ -1252,12 +1256,9 @@ def plot_learning_curves(runs, title, path, report=None, lowest=None):
 
 
 def plot_run(flags, results, folder):
-    """Learning curves, filters and confusion matrix of each seed of a single experiment, titled
-    with what was given on the command line."""
-    given = " ".join(f"--{name}={getattr(flags, name)}"
-                     for name in sorted(flags.given & flags.counting - {"seed"}))
+    """Learning curves, filters and confusion matrix of each seed of a single experiment."""
     for record in results[""]:
-        title = record["title"] + f" ({given})" * bool(given)
+        title = record["title"] + flags.words()
         name = record_name(record["title"], record["identity"], record["seed"])
         plot_learning_curves({"": [record]}, title, folder / f"{name}_curves.png")
         plot_filters(record, folder / f"{name}_filters.png", title)
@@ -1265,9 +1266,8 @@ def plot_run(flags, results, folder):
 
 
 def compare_numbers(questions, results, path):
-    """Same numbers? A line for each accuracy of the report: a mark is our mean less its number
-    (hollow below three seeds), ticks are the seeds, a bar (from five on) is where one more would
-    be in 95 of 100 cases. Returns a sentence."""
+    """Same numbers? A line for each accuracy of the report: our mean less its number, and from
+    five seeds on where one more run would be in 95 of 100 cases. Returns a sentence."""
     lines, styles = [], {"train": TRAIN, "validation": VALIDATION, "test": TEST}
     for number, runs in results.items():
         question = questions[number]
@@ -1286,7 +1286,7 @@ def compare_numbers(questions, results, path):
                 "x": mean - report, "ticks": np.array(ours) - report, "half": half,
                 "margin": [-3, 3], "solid": count >= ENOUGH, "label": part, "style": styles[part]})
     plot_lines(lines, 8, 0.19, "ours - report, points of accuracy",
-               "Same numbers? At the right: report → ours", path)
+               "Same numbers? Right: report → ours, ticks: seeds, hollow: under three", path)
     differences = [abs(round(line["x"], 1)) for line in lines if "x" in line]
     near = sum(difference <= 3 for difference in differences)
     return (f"Of {len(differences)} accuracies of the report {near} are within three points of "
@@ -1329,7 +1329,7 @@ def plot_lines(lines, limit, height, xlabel, title, path):
         x, style, report = line["x"], line["style"] | {"linestyle": "none"}, line.get("report")
         ends = [0, *line["margin"]]
         axis.barh(y, max(ends) - min(ends), left=min(ends), height=1, color="0.9",
-                  label="counts as no difference")
+                  label="margin" * (max(ends) > min(ends)))
         ticks = line.get("ticks", ())
         axis.plot(ticks, [y] * len(ticks), "|", color=style["color"])
         if report is not None:

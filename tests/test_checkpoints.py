@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -32,7 +33,7 @@ if torch.cuda.is_available():
 
 def clock():
     """The time that a run sees: eleven seconds pass with each look, so each epoch is saved."""
-    return SimpleNamespace(perf_counter=itertools.count(0, 11).__next__)
+    return SimpleNamespace(perf_counter=itertools.count(0, 11).__next__, time_ns=time.time_ns)
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_checkpoints_are_written_every_ten_seconds_and_at_the_end(small, monkeypatch):
     """Here, where each epoch takes four seconds."""
     saved, save, real = [], torch.save, utils.seed_epoch
-    clock = SimpleNamespace(perf_counter=lambda: 4 * clock.epoch, epoch=0)
+    clock = SimpleNamespace(perf_counter=lambda: 4 * clock.epoch, epoch=0, time_ns=time.time_ns)
     monkeypatch.setattr(utils, "time", clock)
     monkeypatch.setattr(utils, "seed_epoch", lambda seed, epoch, name: vars(clock).update(
         epoch=epoch) or real(seed, epoch, name))

@@ -201,7 +201,7 @@ def test_of_two_networks_with_the_same_settings_the_latest_counts(small, capsys,
     capsys.readouterr()
     shown = ex3_convnet.main([*ARGV, "--question=2a", "--redraw"])
     assert ["GELU" in str(record["identity"]) for record in shown] == 4 * [mine_is_later]
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert all(": 2 records" in line and "another network" in line for line in lines)
     assert sorted(line.split(":")[0] for line in lines) == ["ConvNet", "ConvNet, batch norm"]
 
