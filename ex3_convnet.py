@@ -47,7 +47,7 @@ resume = False  # go on with an interrupted run from its latest checkpoint
 question = "none"  # run all of a question of the report
 seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
 rerun = False  # in a question, run again what is recorded already
-redraw = False  # only draw tables and figures again, from the records
+redraw = False  # only draw the questions' tables and figures again, from the records
 checkpoint = "none"  # the file of a trained network, for --predict
 predict = "none"  # an image, or a folder of images, to classify with it
 # --- end of settings --------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def plot_augmented_images(data, path, count=10):
             axis.imshow(image.permute(1, 2, 0).numpy(), alpha=0.3 if pale else 1)
             axis.set(xticks=[], yticks=[], frame_on=False)
         values = getattr(utils.AUGMENTATIONS.get(name), "keywords", {})
-        words = ", ".join(f"{key} {value:g}" for key, value in values.items() if key != "dim")
+        words = ", ".join(f"{key} {value}" for key, value in values.items() if key != "dim")
         words = f"{name}\n{textwrap.fill(words, 30)}" if augment else "original"
         row[0].set_ylabel(words, rotation=0, ha="right", va="center", fontsize=9)
     utils.save_figure(figure, f"The augmentation techniques on {data.name}", path)

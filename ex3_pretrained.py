@@ -53,7 +53,7 @@ resume = False  # go on with an interrupted run from its latest checkpoint
 question = "none"  # run all of a question of the report
 seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
 rerun = False  # in a question, run again what is recorded already
-redraw = False  # only draw tables and figures again, from the records
+redraw = False  # only draw the questions' tables and figures again, from the records
 checkpoint = "none"  # the file of a trained network, for --predict
 predict = "none"  # an image, or a folder of images, to classify with it
 # --- end of settings --------------------------------------------------------------------------

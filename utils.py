@@ -44,7 +44,7 @@ from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-FOLDER = Path(__file__).resolve().parent  # datasets/, checkpoints/ and figures/ are in it
+FOLDER = Path(__file__).resolve().parent
 
 
 class Problem(Exception):
@@ -60,10 +60,10 @@ class Problem(Exception):
 # script, until "# --- end of settings ---". Each is a flag, too; its value tells its type.
 # A group with "changes no result" in its heading is no part of a run's identity.
 
-TEXTS = {"pretrained", "checkpoint", "predict"}  # whatever the value: None is "none"
+TEXTS = {"pretrained", "checkpoint", "predict", "dataset", "results", "device"}  # None: "none"
 OLD_WORDS = {"True": "imagenet", "False": "none", "None": "none"}  # as in pretrained = False
 BOOLS = {"true": True, "1": True, "false": False, "0": False, "none": False}
-LIMITS = {  # setting: a list of its names, or least and most, where whole, for whole numbers
+LIMITS = {  # setting: its words, or least and most; where the most is whole, so is the setting
     "monitor": ["accuracy", "loss"], "frozen_norm": ["eval", "train"],
     "precision": ["auto", "float32", "bfloat16", "float16"],
     "dropout": (0, 0.99), "learning_rate": (1e-12, 1e6), "learning_rate_decay": (1e-6, 1.0),
@@ -127,7 +127,7 @@ def parse_flags(script, argv=None):
 def add_flag(group, name, value, comment, limit):
     """Make a setting a flag in a group of argparse. Returns False where it cannot be: a list."""
     kind = (str if name in TEXTS or isinstance(limit, list) else float if limit
-            else bool if value is None else type(value))
+            else bool if str(value) in ("None", "True", "False") else type(value))
     words = {bool: "True or False", str: "a text", int: "a number", float: "a number"}.get(kind)
     several = name == "augmentation"
     if limit:
@@ -139,10 +139,10 @@ def add_flag(group, name, value, comment, limit):
             if kind is bool:
                 return BOOLS[text.lower()]
             if kind is str:
-                text = os.path.expanduser(OLD_WORDS.get(text, text))
-                fits = text in limit if limit else text != ""
-                if fits or several and {*text.split("+")} <= {*AUGMENTATIONS}:
-                    return text
+                word = os.path.expanduser(OLD_WORDS.get(text, text))
+                fits = word in limit if limit else word != ""
+                if fits or several and {*word.split("+")} <= {*AUGMENTATIONS}:
+                    return word
             else:
                 least, most = limit or (-math.inf, math.inf)
                 number = float(text.replace("None", "0"))
@@ -185,7 +185,7 @@ class Data:
         return images.sub(self.mean).div_(self.std), self.labels[indices]
 
 
-NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # of data sets without a folder
+NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # of --dataset, else a folder
 CIFAR10_FINGERPRINT = "679a0a54bc26fa54"  # of its files with their published md5 sums
 
 
@@ -280,7 +280,7 @@ def load_image_folder(folder, size):
     few = [name for name in classes for part in (train, val, test) if not part.get(name)]
     if few or len(classes) < 2:
         raise Problem(f"{folder} must have two classes or more, each with images in train (two "
-                      f"without val) and test: {', '.join(few or classes)}")
+                      f"without val), val and test: {', '.join(dict.fromkeys(few or classes))}")
     parts = [sorted((i / len(paths), name, path) for name, paths in part.items()
                     for i, path in enumerate(paths)) for part in (train, val, test)]
     _, names, paths = zip(*sum(parts, []))
@@ -364,11 +364,8 @@ def draw_synthetic(num_train=5000, num_test=1000, size=32):
 
 
 def uniform(low, high, images, generator):
-    """One uniform draw for each image, float32 (B,).
-
-    Drawn on the CPU, whatever the images are on: every device gets the same numbers, and the draw
-    of an order below does not have to wait for a GPU.
-    """
+    """One uniform draw for each image, float32 (B,): on the CPU, so that every device gets the same
+    numbers, and color_jitter need not wait for a GPU."""
     draws = torch.rand(len(images), generator=generator)
     return low + (high - low) * draws.to(images.device, non_blocking=True)
 
@@ -511,11 +508,11 @@ def seed_epoch(seed, epoch, augmentation):
     Returns the generator of the order of the images, and the augmentations of the training and of
     the validation images (None: none); dropout draws from PyTorch's own generator.
     """
-    def derived(*purpose):
-        return int(np.random.SeedSequence((seed, epoch, *purpose)).generate_state(1)[0])
+    def derived(purpose):
+        return int(np.random.SeedSequence((seed, epoch, purpose)).generate_state(1)[0])
 
     order, draws, val_draws = (torch.Generator().manual_seed(derived(i)) for i in range(3))
-    torch.manual_seed(derived(3, 0))
+    torch.manual_seed(derived(3))
     return order, make_augment(augmentation, draws), make_augment(augmentation, val_draws)
 
 
@@ -596,7 +593,7 @@ def recalibrate(model, data, dtype, batch_size=500):
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all batches, not a moving one
         layer.train()
-    # in parts of one size, as all count alike
+    # in parts of about one size, as all count alike
     for indices in data.train.tensor_split(-(-len(data.train) // batch_size)):
         images, _ = data.batch(indices)
         with autocast(images.device, dtype):
@@ -605,8 +602,8 @@ def recalibrate(model, data, dtype, batch_size=500):
 
 
 def test(run, model, data):
-    """What is measured once, at the end, of the best weights: accuracies (0..1), and the confusion
-    matrix of the test images (true, predicted)."""
+    """What is measured once, at the end, of the best weights, which the model then has: accuracies
+    (0..1), and the confusion matrix of the test images (true, predicted)."""
     result = {}
     if run.best_epoch:
         _, result["latest_test_accuracy"] = evaluate(model, data, data.test, run.dtype)
@@ -636,7 +633,7 @@ class Run:
         self.flags, self.title, self.name = flags, title, name  # the name of its checkpoints
         self.data, self.dtype, self.precision = data, dtype, str(dtype).removeprefix("torch.")
         self.epoch, self.on_disk = 0, 0  # the last that is done, and that of the checkpoint
-        self.history = {}  # {quantity: [a number an epoch]}
+        self.history = {}  # {quantity: a number an epoch}
         self.best_epoch, self.best_score, self.best_weights = 0, -math.inf, None  # 0: none yet
 
     def begin(self, weights=None, **parts):
@@ -663,7 +660,7 @@ class Run:
             print(f"There is no {self.latest} yet: starting at epoch 1")
         self.model_size = sum(weight.numel() for weight in parts["model"].parameters()
                               if weight.requires_grad)
-        self.about = {  # the same in checkpoints and record
+        self.about = {  # in checkpoints and record
             "title": self.title, "data": data.name, "classes": data.classes, "seed": flags.seed,
             "pretrained": Path(flags.pretrained).name, "identity": identity,
             "device": describe_device(data.images.device), "precision": self.precision,
@@ -678,9 +675,9 @@ class Run:
 
     def restore(self, state):
         """Go on from the state of an interrupted run. No generator: every epoch seeds its own."""
-        patience, endless = state["settings"]["patience"], math.inf  # endless: a patience of 0
-        if (state["epoch"] > self.flags.num_epochs
-                or (self.flags.patience or endless) < (patience or endless)):
+        flags, patience, endless = self.flags, state["settings"]["patience"], math.inf
+        shorter = flags.earlystop and (flags.patience or endless) < (patience or endless)
+        if shorter or state["epoch"] > flags.num_epochs:
             raise Problem(f"the checkpoint is of epoch {state['epoch']} and --patience={patience}: "
                           "give at least as many, or leave out --resume")
         for name, part in self.parts.items():
@@ -743,7 +740,7 @@ class Run:
         accuracies = {name: values for name, values in history.items() if "accuracy" in name}
         result = {
             "epoch": epoch, "best_epoch": self.best_epoch or None, "model_size": self.model_size,
-            "val_accuracy_augmented": history["val_accuracy"][epoch - 1],  # where none is
+            "val_accuracy_augmented": history["val_accuracy"][epoch - 1],
             **{name: values[epoch - 1] for name, values in accuracies.items()},
             **{f"latest_{name}": values[-1] for name, values in accuracies.items()}, **tested}
         record = {**self.about, "result": result, "confusion": confusion, "filters": filters,
@@ -837,7 +834,7 @@ def load_checkpoint(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # nearly everything, on damaged bytes
-        raise Problem(f"{path} is missing, damaged, or no checkpoint of PyTorch") from problem
+        raise Problem(f"{path} is missing, damaged, or no checkpoint (delete it)") from problem
 
 
 def load_records(folder):
@@ -849,7 +846,7 @@ def load_records(folder):
             assert record.keys() >= {"identity", "seed", "result", "history", "finished"}
             records.append(record)
         except (OSError, ValueError, AttributeError, AssertionError):
-            print(f"{path} is left out: no record of a run, or damaged: delete it", file=sys.stderr)
+            print(f"{path} is left out: no record, or damaged: delete it", file=sys.stderr)
     return records
 
 
@@ -901,7 +898,7 @@ def has_report(records):
 
 def make_plan(flags, questions):
     """What is to be run: {question: {name: flags}}; a single experiment is the question "none".
-    Raises Problem (status 2) if a flag is given in which the runs of a question differ."""
+    Raises Problem (status 2) if the runs of the question asked differ in a given flag."""
     if flags.question == "none" and not flags.redraw:
         return {"none": {"": flags}}
     plan, asked = {}, [flags.question] if flags.question in questions else list(questions)
@@ -933,7 +930,7 @@ def train_all(plan, describe, train, data, dtype):
             failed.append(str(problem))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"interrupted; epoch {run.on_disk} is on disk, for --resume") from None
+                f"interrupted; {run.on_disk} epochs are on disk, for --resume") from None
     return failed
 
 
@@ -947,7 +944,7 @@ def find_results(plan, records):
 
 
 def all_records(results):
-    """Those of {question: {name: records}} in one list."""
+    """All of {question: {name: records}}."""
     return [record for runs in results.values() for found in runs.values() for record in found]
 
 
@@ -965,14 +962,15 @@ def show_results(flags, plan, data, questions, claims, draw, failed):
     for found in results.get("none", {}).values():  # a single experiment
         asked = range(flags.seed, flags.seed + flags.seeds)
         found[:] = [record for record in found if record["seed"] in asked]
-    if results:
-        write_csv(records, folder / "results.csv")
+    if not results.keys() & plan or failed and "none" in plan:
+        raise Problem("; ".join(failed) or f"no record in {folder} has these settings")
+    write_csv(records, folder / "results.csv")
     for question, runs in results.items():
         draw(question, runs, flags, folder, data)
-    if results and "none" not in results:
+    if "none" not in results:
         write_page(flags, questions, claims, results, folder)
-    if failed or not results:
-        raise Problem("; ".join(failed) or f"no record in {folder} has these settings")
+    if failed:
+        raise Problem("; ".join(failed))
     return all_records(results)
 
 
@@ -984,8 +982,8 @@ def values_of(records, key):
 
 
 def table_lines(question, results):
-    """The table of a question as lines of Markdown: mean ± standard deviation of the seeds, and the
-    report's numbers. results: {name: records}."""
+    """The table of a question as lines of Markdown: mean ± standard deviation of the seeds, report.
+    results: {name: records}."""
     headings = ["", *question.columns, "seeds"]
     lines = [f"**{question.title}**", "", f"| {' | '.join(headings)} |",
              "|---" * len(headings) + "|"]
@@ -1007,7 +1005,7 @@ def caption(records):
         names = sorted({of(record) for record in records} - {"none"})
         return " and ".join(names) if len(names) < 4 else f"{len(names)} kinds, as {names[0]}"
 
-    runs = {(str(record["identity"]), record["seed"]) for record in records}  # questions share some
+    runs = {(str(record["identity"]), record["seed"]) for record in records}
     parts = [records[0]["data"],
              distinct(lambda record: f"{record['identity']['data']['train']:,} training images"),
              distinct(lambda record: record["pretrained"]),
@@ -1045,8 +1043,8 @@ def judge(claim, results):
 
     Against several others it holds if every 95 % interval is within its limits (intersection-union,
     Berger 1982); it does not if one is outside, at a level corrected for the choice (Bonferroni).
-    Returns of the comparison that decides "word", "other", "means" (%), "seeds", and "lead" and
-    "half" its interval (points).
+    Returns "word", "other", "means" (%), "seeds", "lead" and "half" of its interval (points) of the
+    comparison that decides.
     """
     verdicts = []
     for run in claim.others:
@@ -1379,7 +1377,7 @@ def predict(flags, build, device):
         if describe_layers(model) != identity["layers"]:
             raise RuntimeError
         model.eval().load_state_dict(state["model"])
-    except (KeyError, TypeError, RuntimeError) as problem:
+    except (LookupError, TypeError, RuntimeError) as problem:
         raise Problem(f"{flags.checkpoint} is not of the network that {flags.script}.py has today"
                       ) from problem
     mean, std = torch.tensor(identity["normalization"], device=device).view(2, 1, 3, 1, 1)
@@ -1410,8 +1408,8 @@ def predict(flags, build, device):
 
 
 def choose_device(flags):
-    """The torch.device and the dtype of the flags. "auto" takes CUDA where there is one, and
-    bfloat16 where it is native, elsewhere it is slow, else on a GPU float16."""
+    """The torch.device and the dtype of the flags. "auto" takes CUDA where there is one, and what
+    is fast there: bfloat16 where it is native, else float16 on a GPU."""
     name = "cuda" if torch.cuda.is_available() else "cpu"
     if flags.device != "auto":
         name = flags.device
@@ -1474,6 +1472,6 @@ def run_script(main):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
-    except (Problem, KeyboardInterrupt) as problem:
+    except (Problem, OSError, KeyboardInterrupt) as problem:
         print(f"{Path(sys.argv[0]).name}: {str(problem) or 'interrupted'}", file=sys.stderr)
-        sys.exit(getattr(problem, "status", 130))
+        sys.exit(getattr(problem, "status", 1 if isinstance(problem, OSError) else 130))

@@ -34,7 +34,8 @@ def edit(tmp_path):
 
 @pytest.mark.parametrize(("text", "flag", "expected"), [
     ("norm_flag = True", "", True), ("norm_flag = True", "--norm_flag=False", False),
-    ("norm_flag = False", "--norm_flag", True), ("dropout = 0", "--dropout=0.3", 0.3),
+    ("norm_flag = False", "--norm_flag", True), ('norm_flag = "False"', "", False),
+    ("dropout = 0", "--dropout=0.3", 0.3),
     ("dropout = .3", "", 0.3), ("dropout = .3", "--dropout=0", 0), ("dropout = 0", "", 0),
     ("dropout: float = 0.3", "", 0.3), ("dropout: float = 0.0  # hm", "--dropout=.5", 0.5),
     ("dropout = (0.25\n           + 0.5)  # two lines", "", 0.75),

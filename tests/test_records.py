@@ -206,6 +206,17 @@ def test_of_two_networks_with_the_same_settings_the_latest_counts(small, capsys,
     assert sorted(line.split(":")[0] for line in lines) == ["ConvNet", "ConvNet, batch norm"]
 
 
+def test_of_two_records_of_one_seed_the_later_counts_and_the_other_is_told(small, capsys):
+    ex3_convnet.main([*ARGV, "--question=1"])
+    path, = small.glob("figures/*/*/records/*")
+    shutil.copy(path, path.with_name("x (1).json"))
+    change(path.with_name("x (1).json"), finished="2099-01-01T00:00:00+00:00")
+    capsys.readouterr()
+    record, = ex3_convnet.main([*ARGV, "--question=1", "--redraw"])
+    assert record["finished"][:4] == "2099"
+    assert "ConvNet: 1 records are left out: " in capsys.readouterr().out
+
+
 def test_records_of_several_machines_stand_in_one_row(small):
     """Without a precision by name: seeds of five other people, put into one folder."""
     argv = [*ARGV, "--question=2a", "--precision=auto"]

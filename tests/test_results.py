@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import numpy as np
 import pytest
@@ -156,6 +157,26 @@ def test_a_redrawn_question_shows_the_runs_with_its_settings(small):
     assert files_in(small) == before
 
 
+def test_a_page_names_its_flags_and_shows_what_was_asked_or_compares_something(small):
+    for rate, number in ("0.01", "3a"), ("0.02", "2a"), ("0.01", "2a"):
+        ex3_convnet.main([*ARGV, f"--question={number}", f"--learning_rate={rate}"])
+        place = small / "figures/synthetic-60/ex3_convnet"
+        page = (place / "README.md").read_text(encoding="utf-8")
+        assert f" --learning_rate={rate}" in page.splitlines()[0]
+        assert ("## Question 3a" in page, "## Question 1" in page) == (rate == "0.01", False)
+        assert page.count("| horizontal_flip |") == (rate == "0.01")
+
+
+def test_a_run_that_fails_draws_no_older_one_of_its_settings(small):
+    ex3_convnet.main(ARGV)
+    before = files_in(small / "figures")
+    path, = small.rglob("*.ckpt")
+    path.write_bytes(b"")
+    with pytest.raises(utils.Problem, match="damaged"):
+        ex3_convnet.main([*ARGV, "--resume"])
+    assert files_in(small / "figures") == before
+
+
 def test_main_returns_the_records_that_it_shows(small, weights_file, capsys):
     """With keys that say what they are, a number for each epoch, and no word about others."""
     shown = ex3_convnet.main([*TINY, "--seed=4", "--augmentation=rotation"])
@@ -183,7 +204,8 @@ def test_main_returns_the_records_that_it_shows(small, weights_file, capsys):
 
 def test_a_ninth_technique_is_a_function_and_a_row(folder, few, monkeypatch):
     """Without the report's numbers; it runs, is drawn and counts in what is the best."""
-    monkeypatch.setitem(utils.AUGMENTATIONS, "negative", lambda images, generator: 1 - images)
+    monkeypatch.setitem(utils.AUGMENTATIONS, "negative", partial(
+        lambda images, generator, ground: 1 - images, ground="white"))
     last = '("scaling", {"augmentation": "scaling"}, None, 76.7),'
     script = edited(folder, (last, f'{last} ("negative", {{"augmentation": "negative"}}),'))
     argv = [*ARGV, "--question=3a"]
