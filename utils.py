@@ -186,14 +186,16 @@ class Data:
 
 
 NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # of --dataset, else a folder
-CIFAR10_FINGERPRINT = "679a0a54bc26fa54"  # of its files with their published md5 sums
+CIFAR10_FINGERPRINT = "679a0a54bc26fa54"  # of files with the published md5 sums
 
 
 def load_data(flags, mean, std, device):
     """The Data of the flags: of the training images the last num_validation validate (0: as the
     data set has it), the first num_training train (0: all others). Raises Problem."""
     name, classes, images, labels, (num_train, num_val, _) = read_data(flags)
-    fingerprint = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(images.tobytes())
+    digest.update(labels)
+    fingerprint = digest.hexdigest()[:16]
     if name == "CIFAR-10" and fingerprint != CIFAR10_FINGERPRINT:
         raise Problem("the files of CIFAR-10 are damaged: delete them")
     total = num_train + num_val  # the images that train or validate
@@ -227,7 +229,7 @@ def read_data(flags):
     if flags.dataset == "synthetic":
         return "synthetic", *draw_synthetic()
     folder = FOLDER / "datasets" if flags.dataset == "cifar10" else Path(flags.dataset).resolve()
-    if flags.dataset == "cifar10" or any(folder.glob("cifar-10-*")):  # one that a class shares
+    if flags.dataset == "cifar10" or any(folder.glob("cifar-10-*")):
         return "CIFAR-10", CIFAR10_CLASSES, *load_cifar10(folder), CIFAR10_SIZES
     name = folder.name + " (folder)" * (folder.name in NAMES.values())
     return name, *load_image_folder(folder, flags.image_size)
@@ -243,17 +245,19 @@ CIFAR10_MIRRORS = (  # the canonical host, throttled since 2026-06, last
 
 
 def load_cifar10(folder):
-    """Images and labels, as read_data has them, of the version in a folder, else downloaded into
-    it; torchvision unpickles no byte before its md5 is right. Raises Problem."""
+    """Images and labels of the version in a folder, else downloaded into it, as for read_data;
+    torchvision unpickles no byte before its md5 is right. Raises Problem."""
     if (folder / "cifar-10-batches-bin").is_dir():
         files = sorted((folder / "cifar-10-batches-bin").glob("*.bin"))  # the test batch comes last
-        content = np.frombuffer(b"".join(path.read_bytes() for path in files), np.uint8)
-        batches = np.resize(content, (60_000, 3073))  # a label, three planes; damage shows later
+        content = b"".join(path.read_bytes() for path in files)
+        if len(content) != 60_000 * 3073:
+            raise Problem(f"cifar-10-batches-bin in {folder} is incomplete: delete it")
+        batches = np.frombuffer(content, np.uint8).reshape(-1, 3073)  # label, planes
         images = batches[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return images, batches[:, 0].astype(np.int64)
     socket.setdefaulttimeout(15)  # seconds without a byte
     problems = []
-    for CIFAR10.url in CIFAR10_MIRRORS:  # where torchvision looks if they are not there
+    for CIFAR10.url in CIFAR10_MIRRORS:  # where torchvision looks
         try:
             train, test = CIFAR10(folder, True, download=True), CIFAR10(folder, False)
             return (np.concatenate([train.data, test.data]),
@@ -277,10 +281,10 @@ def load_image_folder(folder, size):
         cut = -max(1, len(paths) // 10)
         train[name], val[name] = paths[:cut], paths[cut:]
     classes = sorted({*train, *val, *test})
-    few = [name for name in classes for part in (train, val, test) if not part.get(name)]
+    few = [name for name in classes if not all(part.get(name) for part in (train, val, test))]
     if few or len(classes) < 2:
         raise Problem(f"{folder} must have two classes or more, each with images in train (two "
-                      f"without val), val and test: {', '.join(dict.fromkeys(few or classes))}")
+                      f"without val), val and test: {', '.join(few or classes)}")
     parts = [sorted((i / len(paths), name, path) for name, paths in part.items()
                     for i, path in enumerate(paths)) for part in (train, val, test)]
     _, names, paths = zip(*sum(parts, []))
@@ -1335,7 +1339,7 @@ def plot_lines(lines, limit, height, xlabel, title, path):
         axis.errorbar(x, y, xerr=line["half"] if math.isfinite(line["half"]) else 0, **style,
                       markersize=7, elinewidth=2, label=line["label"],
                       markerfacecolor=style["color"] if line["solid"] else "white")
-        if max(abs(x), abs(report or 0)) > limit:  # beyond the axis
+        if max(abs(x), abs(report or 0)) > limit:
             words = f"{x:+.1f}" + (f" (report {report:+.1f})" if report is not None else "")
             end, at = math.copysign(limit, x), y + 0.35 * (abs(x) <= limit)
             axis.annotate(words, (end, at), (0.68 * end, at), fontsize=8.5, ha="center",
@@ -1417,7 +1421,7 @@ def choose_device(flags):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as problem:  # PyTorch says what is missing
+    except (RuntimeError, AssertionError) as problem:
         raise Problem(f"--device={name}: {str(problem).splitlines()[0]}", 2) from problem
     cuda, precision = device.type == "cuda", flags.precision
     torch.backends.cudnn.benchmark = not flags.deterministic

@@ -125,7 +125,8 @@ def test_each_run_has_a_folder_with_the_reports_names_which_may_be_deleted(
     assert sorted(name[-6:] for name in {*folders}) == ["_seed0"] * 3 + ["_seed1"]
     shutil.rmtree(small / "checkpoints")
     ex3_convnet.main([*argv, "--resume"])
-    assert re.search(r"There is no \S+/checkpoints/\S+/latest_\S+ .* 1", capsys.readouterr().out)
+    assert re.search(r"There is no \S+/checkpoints/\S+/latest_\S+ .* epoch 1",
+                     capsys.readouterr().out)
 
 
 def test_without_resume_a_longer_checkpoint_is_kept_aside(run, small, capsys):
