@@ -5,25 +5,22 @@ Edit the settings below, or give them on the command line:
     python ex3_convnet.py --norm_flag --dropout=0.3 --num_epochs=5
 """
 
-import copy
 import textwrap
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
-from torchsummary import summary
 
 import utils
-from utils import Claim, Question
+from utils import Claim, Question, Row
 
 # --- experiment -------------------------------------------------------------------------------
 norm_flag = False  # batch normalization after each convolution (Question 2a)
 earlystop = False  # stop when validation stops improving; keep the best model (2b)
-patience = 10  # early stopping waits for this number of epochs without a new best; 0: to the end
-monitor = "accuracy"  # what early stopping watches in validation
+patience = 10  # early stopping waits this number of epochs for a better one; 0: to the end
+monitor = "accuracy"  # what early stopping watches: validation accuracy or loss
 dropout = 0  # probability of dropping a unit after each block; 0: off (3b)
-augmentation = "none"  # what is done to the training images (3a)
+augmentation = "none"  # of the training images (3a): see AUGMENTATIONS in utils.py; a+b: both
 
 # --- training recipe --------------------------------------------------------------------------
 num_epochs = 20  # passes over the training images; the report takes 50 with early stopping
@@ -40,7 +37,7 @@ seed = 0  # of everything random: initial weights, order, augmentation, dropout
 dataset = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ and test/<class>/
 results = "figures"  # the folder of records, tables and figures
 device = "auto"  # auto: CUDA where there is one
-precision = "auto"  # of the network's arithmetic; auto: the one that is fast here
+precision = "auto"  # float32, bfloat16 or float16; auto: the one that is fast here
 compile = False  # torch.compile: 10 s to a minute more to start; measure whether it pays
 deterministic = False  # on CUDA: the same numbers every time, at some cost (a CPU always is)
 resume = False  # go on with an interrupted run from its latest checkpoint
@@ -50,13 +47,14 @@ rerun = False  # in a question, run again what is recorded already
 redraw = False  # only draw the questions' tables and figures again, from the records
 checkpoint = "none"  # the file of a trained network, for --predict
 predict = "none"  # an image, or a folder of images, to classify with it
+note = "none"  # your name or a remark, for the record
 # --- end of settings --------------------------------------------------------------------------
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # normalization: pixels 0..1 become -1..1
 CHANNELS = (128, 512, 512, 512, 512)
 
-# ============================================ network ============================================
 
+# ============================================ network ============================================
 
 class ConvNet(nn.Module):
     """Five blocks of convolution, (batch norm), max-pool, ReLU, (dropout), then one linear layer.
@@ -82,94 +80,106 @@ class ConvNet(nn.Module):
     def forward(self, images):
         return self.layers(images)
 
+def build_model(settings, num_classes):
+    """The network of the settings, with initial weights. Raises UserError for small images."""
+    smallest = 2**len(CHANNELS)
+    if settings.image_size < smallest:
+        raise utils.UserError(f"{len(CHANNELS)} blocks need images of {smallest} pixels: give "
+                              f"--image_size={smallest}", 2)
+    return ConvNet(settings.norm_flag, settings.dropout, num_classes, settings.image_size)
 
-def build(flags, num_classes):
-    """The network of the flags, with initial weights."""
-    return ConvNet(flags.norm_flag, flags.dropout, num_classes, flags.image_size)
-
-
-def make_optimizer(model, flags):
+def make_optimizer(model, settings):
     """The optimizer and its schedule, which takes a step after each epoch."""
-    optimizer = torch.optim.Adam(model.parameters(), flags.learning_rate,
-                                 weight_decay=flags.reg, fused=True)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, flags.learning_rate_decay)
+    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate,
+                                 weight_decay=settings.reg, fused=True)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, settings.learning_rate_decay)
     return optimizer, scheduler
 
 
 # ========================================== experiment ==========================================
 
+def run_title(settings):
+    """What the network is and what is special about it."""
+    parts = ["ConvNet"]
+    if settings.norm_flag:
+        parts.append("batch norm")
+    if settings.dropout:
+        parts.append(f"dropout {settings.dropout:g}")
+    if settings.augmentation != "none":
+        parts.append(settings.augmentation)
+    if settings.earlystop:
+        parts.append("early stopping")
+    return ", ".join(parts)
 
-def describe(flags):
-    """What the network is and what is special about it, for titles and for names of files."""
-    parts = {"ConvNet": True, "batch norm": flags.norm_flag,
-             f"dropout {flags.dropout:g}": flags.dropout > 0,
-             flags.augmentation: flags.augmentation != "none", "early stopping": flags.earlystop}
-    title = ", ".join(part for part, is_on in parts.items() if is_on)
-    return title, utils.slug(title)
+def checkpoint_name(settings):
+    """The part of a checkpoint's file name that tells the network."""
+    return utils.slug(run_title(settings))
 
+def train(settings, data, dtype):
+    """One experiment: a new network, trained and tested. Returns its record. data: utils.Data."""
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, len(data.classes)).to(data.images.device)
+    optimizer, scheduler = make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler(data.images.device.type, enabled=dtype == torch.float16)
+    stopper = utils.make_stopper(settings)
+    run = utils.Run(settings, run_title(settings), data, dtype, model, optimizer, scheduler)
+    if run.is_recorded():
+        return utils.load_record(run.record_path)
+    run.show_start(model)
+    utils.prepare_model(model, settings, dtype)
+    checkpoint = utils.Checkpoint(run, checkpoint_name(settings), model=model, stopper=stopper,
+                                  optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+    checkpoint.restore_or_set_aside()
 
-def train(run, data):
-    """One experiment: a new network, trained and tested; its record is written.
-
-    run: a utils.Run, which keeps the books; data: utils.Data.
-    """
-    flags, device = run.flags, data.images.device
-    torch.manual_seed(flags.seed)
-    model = build(flags, len(data.classes))
-    filters = utils.first_filters(model)
-    if flags.question in ("none", "1"):
-        size = flags.image_size  # in eval mode, as its random numbers would move the statistics
-        summary(copy.deepcopy(model).eval(), (3, size, size), device="cpu")
-    utils.place(model, device, flags)
-    optimizer, scheduler = make_optimizer(model, flags)
-    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
-    # with --resume they get the state of the interrupted run
-    if not run.begin(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler):
-        return
-
-    for epoch in range(run.epoch + 1, flags.num_epochs + 1):
-        # before the epoch, so that a resumed run stops, too
-        if flags.earlystop and 0 < flags.patience <= run.epoch - run.best_epoch:
-            print(f"Early stop: no better epoch than {run.best_epoch} for {flags.patience} epochs")
+    for epoch in range(run.epoch + 1, settings.num_epochs + 1):
+        if stopper and stopper.should_stop:
             break
-        order, augment, augment_val = utils.seed_epoch(flags.seed, epoch, flags.augmentation)
-        batches = utils.shuffled_batches(data.train, flags.batch_size, order)
-        train_loss, train_accuracy = utils.train_one_epoch(
-            model, data, batches, augment, optimizer, scaler, run.dtype)
-        val_loss, val_accuracy = utils.evaluate(model, data, data.val, run.dtype)
+        shuffle, draws, val_draws = utils.seed_epoch(settings.seed, epoch)
+        augment = utils.make_augment(settings.augmentation, draws)
+        batches = data.batches(data.train, settings.batch_size, shuffle, augment)
+        train_loss, train_accuracy = utils.train_one_epoch(model, batches, optimizer, scaler, dtype)
+        val_loss, val_accuracy = utils.evaluate(model, data.batches(data.val), dtype)
         numbers = {"train_loss": train_loss, "train_accuracy": train_accuracy,
                    "val_loss": val_loss, "val_accuracy": val_accuracy}
-        if augment:  # as the report probably measured it
-            _, numbers["val_accuracy_augmented"] = utils.evaluate(
-                model, data, data.val, run.dtype, augment_val)
+        if augment:  # on augmented images, too, as the report probably measured it
+            augment = utils.make_augment(settings.augmentation, val_draws)
+            batches = data.batches(data.val, augment=augment)
+            _, numbers["val_accuracy_augmented"] = utils.evaluate(model, batches, dtype)
         scheduler.step()
+        if stopper:
+            stopper.update(epoch, val_loss, val_accuracy, model)
+        run.log_epoch(epoch, numbers)
+        checkpoint.save_now_and_then()
 
-        score = val_accuracy if flags.monitor == "accuracy" else -val_loss
-        if flags.earlystop and score > run.best_score:  # of equal ones the first is the best
-            run.keep_best(epoch, score)
-        run.end_epoch(**numbers)
-
-    run.save()
-    tested, confusion = utils.test(run, model, data)
-    run.finish(tested, confusion, {"before": filters, "after": utils.first_filters(model)})
+    checkpoint.save()
+    latest = best = utils.test(model, data, dtype)
+    if stopper:
+        model.load_state_dict(stopper.best_weights)
+        best = utils.test(model, data, dtype)
+    precise = utils.precise_bn_accuracies(model, model, data, dtype)
+    return run.finish(checkpoint, latest, best, precise)
 
 
 # ========================================== questions ==========================================
 
-QUESTIONS = {  # rows: name, the settings that it changes, the report's number for each column
+QUESTIONS = {  # the report's numbers stand in each row, by the key of a result
     "1": Question(
         asked="What do the filters of the first convolution learn?",
-        rows=[("without batch norm", {"norm_flag": False})],
+        rows=[Row("without batch norm", {"norm_flag": False})],
         figures=("figure_1_2_filters.png",)),
     "2a": Question(
         asked="Does batch normalization help?", title="Table 1", figures=("figure_3_4.png",),
         columns={"train": "train_accuracy", "validation": "val_accuracy",
                  "model size": "model_size", "test": "test_accuracy",
                  "test, first 1,000 images": "test_accuracy_first_1000",
-                 "test, re-estimated statistics": "test_accuracy_recalibrated"},
+                 "test, precise BN": "test_accuracy_recalibrated"},
         rows=[
-            ("without batch norm", {"norm_flag": False}, 92.7, 80.1, 7_678_474, 79.9),
-            ("with batch norm", {"norm_flag": True}, 98.1, 82.9, 7_682_826, 81.9),
+            Row("without batch norm", {"norm_flag": False},
+                {"train_accuracy": 92.7, "val_accuracy": 80.1, "model_size": 7_678_474,
+                 "test_accuracy": 79.9}),
+            Row("with batch norm", {"norm_flag": True},
+                {"train_accuracy": 98.1, "val_accuracy": 82.9, "model_size": 7_682_826,
+                 "test_accuracy": 81.9}),
         ]),
     "2b": Question(
         asked="Is anything gained by training on after the best epoch?",
@@ -179,10 +189,12 @@ QUESTIONS = {  # rows: name, the settings that it changes, the report's number f
                  "best model, train": "train_accuracy",
                  "latest model, train": "latest_train_accuracy"},
         rows=[
-            ("early stopping, without batch norm", {"earlystop": True, "norm_flag": False},
-             23, 81.5, 79.6, 97.0, 99.6),
-            ("early stopping, with batch norm", {"earlystop": True, "norm_flag": True},
-             20, 84.9, 81.8, 98.2, 99.0),
+            Row("early stopping, without batch norm", {"earlystop": True, "norm_flag": False},
+                {"best_epoch": 23, "val_accuracy": 81.5, "latest_val_accuracy": 79.6,
+                 "train_accuracy": 97.0, "latest_train_accuracy": 99.6}),
+            Row("early stopping, with batch norm", {"earlystop": True, "norm_flag": True},
+                {"best_epoch": 20, "val_accuracy": 84.9, "latest_val_accuracy": 81.8,
+                 "train_accuracy": 98.2, "latest_train_accuracy": 99.0}),
         ]),
     "3a": Question(
         asked="Which augmentation of the training images helps on plain ones?",
@@ -192,234 +204,221 @@ QUESTIONS = {  # rows: name, the settings that it changes, the report's number f
              "stand beside those of augmented ones, which they fit.",
         columns={"validation, plain": "val_accuracy",
                  "validation, augmented": "val_accuracy_augmented",
-                 "validation, re-estimated statistics": "val_accuracy_recalibrated",
-                 "test": "test_accuracy"},
-        rows=[
-            ("no augmentation", {"augmentation": "none"}),
-            ("vertical_flip", {"augmentation": "vertical_flip"}, None, 79.3),
-            ("horizontal_flip", {"augmentation": "horizontal_flip"}, None, 84.9),
-            ("rotation", {"augmentation": "rotation"}, None, 75.9),
-            ("resize_crop", {"augmentation": "resize_crop"}, None, 78.9),
-            ("translation", {"augmentation": "translation"}, None, 77.1),
-            ("color_jitter", {"augmentation": "color_jitter"}, None, 78.8),
-            ("greyscale", {"augmentation": "greyscale"}, None, 80.0),
-            ("scaling", {"augmentation": "scaling"}, None, 76.7),
-        ]),
+                 "validation, precise BN": "val_accuracy_recalibrated", "test": "test_accuracy"},
+        rows=[Row("no augmentation", {"augmentation": "none"}), *(
+            Row(name, {"augmentation": name}, {"val_accuracy_augmented": number})
+            for name, number in {
+                "vertical_flip": 79.3, "horizontal_flip": 84.9, "rotation": 75.9,
+                "resize_crop": 78.9, "translation": 77.1, "color_jitter": 78.8, "greyscale": 80.0,
+                "scaling": 76.7}.items())]),
     "3b": Question(
         asked="How much dropout is best, and what does it do to batch norm?",
         title="Table 4", shared={"norm_flag": True}, figures=("figure_7.png",),
         columns={"train": "train_accuracy", "validation": "val_accuracy",
-                 "validation, re-estimated statistics": "val_accuracy_recalibrated",
-                 "test": "test_accuracy"},
-        rows=[
-            ("no dropout", {"dropout": 0}),
-            ("dropout 0.1", {"dropout": 0.1}, 93.1, 83.8),
-            ("dropout 0.2", {"dropout": 0.2}, 89.4, 85.8),
-            ("dropout 0.3", {"dropout": 0.3}, 85.7, 85.9),
-            ("dropout 0.4", {"dropout": 0.4}, 82.3, 82.1),
-            ("dropout 0.5", {"dropout": 0.5}, 79.1, 82.1),
-            ("dropout 0.6", {"dropout": 0.6}, 74.9, 74.5),
-            ("dropout 0.7", {"dropout": 0.7}, 69.1, 66.0),
-            ("dropout 0.8", {"dropout": 0.8}, 58.7, 42.3),
-            ("dropout 0.9", {"dropout": 0.9}, 37.0, 10.3),
-            # what of the collapse is batch norm's part?
-            ("dropout 0.5, no batch norm", {"dropout": 0.5, "norm_flag": False}),
-            ("dropout 0.7, no batch norm", {"dropout": 0.7, "norm_flag": False}),
-            ("dropout 0.9, no batch norm", {"dropout": 0.9, "norm_flag": False}),
-        ]),
+                 "validation, precise BN": "val_accuracy_recalibrated", "test": "test_accuracy"},
+        rows=[Row("no dropout", {"dropout": 0}), *(
+            Row(f"dropout {rate}", {"dropout": rate},
+                {"train_accuracy": train_accuracy, "val_accuracy": val_accuracy})
+            for rate, train_accuracy, val_accuracy in (
+                (0.1, 93.1, 83.8), (0.2, 89.4, 85.8), (0.3, 85.7, 85.9), (0.4, 82.3, 82.1),
+                (0.5, 79.1, 82.1), (0.6, 74.9, 74.5), (0.7, 69.1, 66.0), (0.8, 58.7, 42.3),
+                (0.9, 37.0, 10.3))),
+            # how much of the collapse is due to batch norm?
+            Row("dropout 0.5, no batch norm", {"dropout": 0.5, "norm_flag": False}),
+            Row("dropout 0.7, no batch norm", {"dropout": 0.7, "norm_flag": False}),
+            Row("dropout 0.9, no batch norm", {"dropout": 0.9, "norm_flag": False})]),
 }
 
-TECHNIQUES = [name for name, *_ in QUESTIONS["3a"].rows]
-RATES = [name for name, changes, *_ in QUESTIONS["3b"].rows if "norm_flag" not in changes]
+SUMMARY = {  # rows of summary.png: the question and the row that has them
+    "plain convnet": ("2a", "without batch norm"),
+    "batch norm": ("2a", "with batch norm"),
+    "batch norm + early stopping": ("2b", "early stopping, with batch norm"),
+    "batch norm + horizontal flip": ("3a", "horizontal_flip"),
+    "batch norm + dropout 0.3": ("3b", "dropout 0.3")}
 
-CLAIMS = [  # question, claim, the first, over each of the others by how many points, the report
-    Claim("2a", "Batch norm is better", "with batch norm", ["without batch norm"], above=0,
-          report="test 79.9 → 81.9", report_lead=2.0),
+def others_than(name, question):
+    """The other rows of a question, but those without batch norm, as sides of a claim."""
+    return [(row.name, "test_accuracy") for row in QUESTIONS[question].rows
+            if row.name != name and "norm_flag" not in row.changes]
+
+CLAIMS = [  # the report's own conclusions first
+    Claim("2a", "Batch norm is better", ("with batch norm", "test_accuracy"),
+          [("without batch norm", "test_accuracy")], above=0, report="test 79.9 → 81.9",
+          report_difference=2.0),
     Claim("2b", "Past the best epoch nothing is gained, without batch norm",
           ("early stopping, without batch norm", "latest_test_accuracy"),
           [("early stopping, without batch norm", "test_accuracy")], below=0.5,
-          report="validation 81.5 → 79.6", report_lead=-1.9),
+          report="validation 81.5 → 79.6", report_difference=-1.9),
     Claim("2b", "Past the best epoch nothing is gained, with batch norm",
           ("early stopping, with batch norm", "latest_test_accuracy"),
           [("early stopping, with batch norm", "test_accuracy")], below=0.5,
-          report="validation 84.9 → 81.8", report_lead=-3.1),
-    Claim("3a", "Horizontal flip helps", "horizontal_flip", ["no augmentation"], above=0,
-          report="validation 82.9 → 84.9", report_lead=2.0),
-    Claim("3a", "Horizontal flip is the best technique", "horizontal_flip",
-          [name for name in TECHNIQUES if name != "horizontal_flip"], above=0,
-          report="validation 84.9, the next 80.0", report_lead=4.9),
-    Claim("3b", "Dropout 0.3 is the best rate", "dropout 0.3",
-          [name for name in RATES if name != "dropout 0.3"], above=0,
-          report="validation 85.9, the next 85.8", report_lead=0.1),
-    Claim("3b", "Dropout 0.3 is better than 0.7", "dropout 0.3", ["dropout 0.7"], above=0,
-          report="validation 66.0 → 85.9", report_lead=19.9),
-    Claim("3b", "At dropout 0.9 the network is at chance", "dropout 0.9", [10.0], below=2,
-          report="validation 10.3", report_lead=0.3),
+          report="validation 84.9 → 81.8", report_difference=-3.1),
+    Claim("3a", "Horizontal flip helps", ("horizontal_flip", "test_accuracy"),
+          [("no augmentation", "test_accuracy")], above=0, report="validation 82.9 → 84.9",
+          report_difference=2.0),
+    Claim("3a", "Horizontal flip is the best technique", ("horizontal_flip", "test_accuracy"),
+          others_than("horizontal_flip", "3a"), above=0,
+          report="validation 84.9, the next 80.0", report_difference=4.9),
+    Claim("3b", "Dropout 0.3 helps", ("dropout 0.3", "test_accuracy"),
+          [("no dropout", "test_accuracy")], above=0, report="validation 82.9 → 85.9",
+          report_difference=3.0),
+    Claim("3b", "Dropout 0.3 is the best rate", ("dropout 0.3", "test_accuracy"),
+          others_than("dropout 0.3", "3b"), above=0,
+          report="validation 85.9, the next 85.8", report_difference=0.1),
+    Claim("3b", "Dropout 0.3 is better than 0.7", ("dropout 0.3", "test_accuracy"),
+          [("dropout 0.7", "test_accuracy")], above=0, report="validation 66.0 → 85.9",
+          report_difference=19.9),
+    Claim("3b", "At dropout 0.9 the network is at chance", ("dropout 0.9", "test_accuracy"), [],
+          constant=10.0, below=2, report="validation 10.3", report_difference=0.3),
     # what the report leaves open
     Claim("3a", "Not in the report: trained on scaled images, better on them (validation)",
           ("scaling", "val_accuracy_augmented"), [("scaling", "val_accuracy")], above=0,
-          report="76.7, and not on which"),
-    *(Claim("3b", f"Not in the report: re-estimated statistics help at dropout {rate} (validation)",
-            (f"dropout {rate}", "val_accuracy_recalibrated"), [(f"dropout {rate}", "val_accuracy")],
-            above=0) for rate in (0.6, 0.7, 0.8, 0.9)),
+          report="76.7; it does not say on which images"),
+    Claim("3b", "Not in the report: precise BN helps at dropout 0.8 (validation)",
+          ("dropout 0.8", "val_accuracy_recalibrated"), [("dropout 0.8", "val_accuracy")],
+          above=0),
 ]
+
 
 # =========================================== figures ===========================================
 
+def draw(number, results, folder, data):
+    """Draw the figures of a question; of one's own its learning curves.
 
-def draw(question, results, flags, folder, data):
-    """Draw the figures of a question (or one experiment: "none").
-
-    results: {name: the records of its seeds}; data: for the picture of the techniques, or None.
+    results: {name: records}; data: for the picture of the techniques, or None.
     """
-    if question == "none":
-        utils.plot_run(flags, results, folder)
-    elif question == "1":
+    reports = QUESTIONS[number].reports(results)
+    if number == "1":
         first = results["without batch norm"][0]
         utils.plot_filters(first, folder / "figure_1_2_filters.png", first["title"])
-    elif question == "2a":
+    elif number == "2a":
         utils.plot_learning_curves(results, "Figures 3 and 4: ConvNet", folder / "figure_3_4.png",
-                                   QUESTIONS["2a"].report, lowest=40)
-    elif question == "2b":
-        plot_early_stopping(results, folder / "figure_5.png")
-    elif question == "3a":
-        plot_techniques(results, folder / "figure_6.png")
+                                   reports, lowest=40)
+    elif number == "2b":
+        plot_early_stopping(results, reports, folder / "figure_5.png")
+    elif number == "3a":
+        plot_techniques(results, reports, folder / "figure_6.png")
         if data:
             plot_augmented_images(data, folder / "figure_6_techniques.png")
-    elif question == "3b":
-        plot_dropout(results, folder / "figure_7.png")
+    elif number == "3b":
+        plot_dropout(results, reports, folder / "figure_7.png")
+    else:
+        utils.plot_learning_curves(results, QUESTIONS[number].asked,
+                                   folder / f"figure_{number}.png")
 
-
-def plot_early_stopping(results, path):
-    """Figure 5: accuracy curves; a star is a seed's best epoch, a square where it stopped."""
-    figure = plt.figure(figsize=(10, 1 + 3.6 * -(-len(results) // 2)))
-    axes = panels(figure, len(results), columns=2)
+def plot_early_stopping(results, reports, path):
+    """Figure 5: accuracy curves; a star is a seed's best epoch, a square where it stopped early."""
+    figure, axes = utils.new_figure(len(results), 2, 5, 3.6, sharey=True)
     for axis, (name, records) in zip(axes, results.items()):
-        utils.draw_curves(axis, records, "accuracy", report=QUESTIONS["2b"].report(name, records))
+        utils.draw_curves(axis, records, "accuracy")
+        utils.draw_report(axis, reports[name], len(records[0]["history"]["val_loss"]))
         for record in records:
-            accuracy = record["history"]["val_accuracy"]
-            axis.plot(len(accuracy), 100 * accuracy[-1], "ks", markersize=5, label="stop")
+            accuracy = utils.curve_of(record, "val_accuracy")
+            waited = len(accuracy) - (record["result"]["best_epoch"] or len(accuracy))
+            if 0 < record["identity"]["settings"].get("patience", 0) <= waited:
+                axis.plot(len(accuracy), accuracy[-1], "ks", markersize=5, label="early stop")
         axis.set_title(name, fontsize=10)
-        if utils.has_report(records):
+        if reports[name]:
             axis.set_ylim(40, 101)
     utils.save_figure(figure, "Figure 5: early stopping", path, sum(results.values(), []), axes)
 
-
-def panels(figure, count, columns=3):
-    """This number of axes of one scale, in rows."""
-    axes = figure.subplots(-(-count // columns), columns, sharex=True, sharey=True,
-                           squeeze=False).flat
-    for axis in axes[count:]:
-        axis.remove()
-    return axes[:count]
-
-
-def plot_techniques(results, path):
+def plot_techniques(results, reports, path):
     """Figure 6: the learning curves of each technique, with its accuracies of Table 3."""
-    figure = plt.figure(figsize=(10, 1 + 2.6 * -(-len(results) // 3)))
-    axes = panels(figure, len(results))
+    figure, axes = utils.new_figure(len(results), 3, 3.4, 2.6, sharex=True, sharey=True)
     for axis, (name, records) in zip(axes, results.items()):
-        utils.draw_curves(axis, records, "accuracy", utils.PARTS,
-                          QUESTIONS["3a"].report(name, records))
-        plain, augmented = (np.mean(utils.values_of(records, key))
-                            for key in ("val_accuracy", "val_accuracy_augmented"))
-        both = f"{augmented:.1f} augmented, {plain:.1f} plain"
-        axis.set_title(f"{name}: {both if plain != augmented else f'{plain:.1f}'}", fontsize=9)
-        axis.label_outer()
-    if utils.has_report(records):
-        axes[0].set_ylim(40, 101)
+        utils.draw_curves(axis, records, "accuracy", utils.CURVES)
+        utils.draw_report(axis, reports[name], len(records[0]["history"]["val_loss"]))
+        plain = np.mean(utils.values_of(records, "val_accuracy"))
+        augmented = np.mean(utils.values_of(records, "val_accuracy_augmented"))
+        numbers = f"{plain:.1f}"
+        if augmented != plain:
+            numbers = f"{augmented:.1f} augmented, {plain:.1f} plain"
+        axis.set_title(f"{name}: {numbers}", fontsize=9)
+        if reports[name]:
+            axis.set_ylim(40, 101)
     utils.save_figure(figure, "Figure 6: the techniques, with their accuracy (%) on augmented and "
                       "on plain validation images", path, sum(results.values(), []), axes)
-
 
 def plot_augmented_images(data, path, count=10):
     """What each technique does: the same few training images, each with its own draw; those that it
     left as they were are pale."""
     generator = torch.Generator().manual_seed(0)
     images = data.images[data.train[:count]].float().cpu() / 255
-    names = [changes["augmentation"] for _, changes, *_ in QUESTIONS["3a"].rows]
-    figure, axes = plt.subplots(len(names), len(images), squeeze=False,
-                                figsize=(len(images), 0.9 * len(names) + 0.6))
-    for row, name in zip(axes, names):
+    names = [row.changes["augmentation"] for row in QUESTIONS["3a"].rows]
+    figure, axes = utils.new_figure(len(names) * len(images), len(images), 1, 0.9)
+    for i, name in enumerate(names):
+        row = axes[i * len(images):(i + 1) * len(images)]
         augment = utils.make_augment(name, generator)
-        shown = augment(images).clamp(0, 1) if augment else images
-        for axis, image, old in zip(row, shown, images):
-            pale = augment and torch.equal(image, old)
+        changed = augment(images).clamp(0, 1) if augment else images
+        for axis, image, original in zip(row, changed, images):
+            pale = augment and torch.equal(image, original)
             axis.imshow(image.permute(1, 2, 0).numpy(), alpha=0.3 if pale else 1)
             axis.set(xticks=[], yticks=[], frame_on=False)
-        values = getattr(utils.AUGMENTATIONS.get(name), "keywords", {})
-        words = ", ".join(f"{key} {value}" for key, value in values.items() if key != "dim")
-        words = f"{name}\n{textwrap.fill(words, 30)}" if augment else "original"
-        row[0].set_ylabel(words, rotation=0, ha="right", va="center", fontsize=9)
+        label = "original"
+        if augment:
+            parameters = getattr(utils.AUGMENTATIONS[name], "keywords", {})
+            label = ", ".join(f"{key} {value}" for key, value in parameters.items() if key != "dim")
+            label = f"{name}\n{textwrap.fill(label, 30)}"
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     utils.save_figure(figure, f"The augmentation techniques on {data.name}", path)
 
-
-def plot_dropout(results, path):
+def plot_dropout(results, reports, path):
     """Figure 7: accuracy over the dropout, whole and near the best, and the learning curves."""
-    figure = plt.figure(figsize=(11, 8.4))
-    (whole, zoom), (left, right) = figure.subplots(2, 2)
-    rates = {name: records[0]["identity"]["settings"].get("dropout", 0)
-             for name, records in results.items()}
-    normed = [name for name in results
-              if "norm_flag" in results[name][0]["identity"]["settings"]]
-    plain = [name for name in results if name not in normed]
-    again = "validation, re-estimated statistics"
+    figure, (whole, zoom, train_curves, val_curves) = utils.new_figure(4, 2, 5.5, 3.7)
+    with_norm, without_norm = {}, {}  # {dropout: records}
+    for records in results.values():
+        settings = records[0]["identity"]["settings"]
+        rows = with_norm if "norm_flag" in settings else without_norm
+        rows[settings.get("dropout", 0)] = records
+    lines = [
+        (with_norm, "train_accuracy", "train", utils.TRAIN),
+        (with_norm, "val_accuracy", "validation", utils.VALIDATION),
+        (with_norm, "val_accuracy_recalibrated", "validation, precise BN", utils.AUGMENTED),
+        (without_norm, "val_accuracy", "validation, no batch norm",
+         {"color": "0.5", "marker": "v", "linestyle": "none", "zorder": 6})]
     for axis in (whole, zoom):
-        for names, key, label, style in (
-                (normed, "train_accuracy", "train", utils.TRAIN),
-                (normed, "val_accuracy", "validation", utils.VALIDATION),
-                (normed, "val_accuracy_recalibrated", again, utils.AUGMENTED),
-                (plain, "val_accuracy", "validation, no batch norm",
-                 {"color": "0.5", "marker": "v", "linestyle": "none", "zorder": 6})):
-            numbers = {rates[name]: utils.values_of(results[name], key) for name in names}
-            points = [(rate, np.mean(of), np.std(of, ddof=1) if len(of) > 1 else 0)
-                      for rate, of in sorted(numbers.items()) if of]
+        for rows, key, label, style in lines:
+            points = {rate: utils.values_of(rows[rate], key) for rate in sorted(rows)}
+            points = {rate: numbers for rate, numbers in points.items() if numbers}
+            means = [np.mean(numbers) for numbers in points.values()]
+            deviations = [np.std(numbers, ddof=min(1, len(numbers) - 1))
+                          for numbers in points.values()]
             if points:
-                axis.errorbar(*zip(*points), capsize=3, markersize=4, label=label, **style)
-            for name in names:
-                report = QUESTIONS["3b"].report(name, results[name])
-                if key in report:
-                    axis.plot(rates[name], report[key], **utils.REPORT, color=style["color"],
-                              label="report")
+                axis.errorbar(list(points), means, deviations, capsize=3, label=label, **style)
+        for name, report in reports.items():
+            rate = results[name][0]["identity"]["settings"].get("dropout", 0)
+            utils.draw_report(axis, report, rate)
         axis.set(xlabel="dropout", ylabel="accuracy of the last epoch (%)", ylim=(0, 101))
-        axis.grid()
-    zoom.set(xlim=(-0.02, 0.62), ylim=(70, 92), title="the same from 0 to 0.6")
-    for axis, part, what in ((left, "train", "train"), (right, "val", "validation")):
-        for name in normed:
-            curves = [record["history"][f"{part}_accuracy"] for record in results[name]]
-            epochs = min(map(len, curves))
-            mean = 100 * np.mean([curve[:epochs] for curve in curves], axis=0)
-            axis.plot(range(1, epochs + 1), mean, color=plt.get_cmap("viridis")(rates[name]),
-                      label=f"{rates[name]:g}")
-        axis.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{what}, mean of the seeds",
+        axis.grid(True)
+    zoom.set(xlim=(-0.02, 0.62), title="the same from 0 to 0.6")
+    if any(reports.values()):
+        zoom.set_ylim(70, 92)
+    colormap = utils.plt.get_cmap("viridis")
+    for axis, key, label in ((train_curves, "train_accuracy", "train"),
+                             (val_curves, "val_accuracy", "validation")):
+        for rate in sorted(with_norm):
+            curve = utils.mean_curve([utils.curve_of(record, key) for record in with_norm[rate]])
+            utils.draw_curve(axis, curve, {"color": colormap(rate)}, 1.4, f"{rate:g}")
+        axis.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{label}, mean of the seeds",
                  ylim=(0, 101))
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid()
-    right.legend(title="dropout", loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.grid(True)
+    val_curves.legend(title="dropout", loc="center left", bbox_to_anchor=(1, 0.5))
     utils.save_figure(figure, "Figure 7: dropout; bars: standard deviation of the seeds", path,
                       sum(results.values(), []), [whole])
 
 
 # ============================================= main =============================================
 
-
 def main(argv=None):
-    """Run what the flags describe, an experiment or a question (argv: None: the command line's).
+    """Run what the settings describe, an experiment or a question (argv: None: the command line's).
 
     Returns the records that it shows, a list: of each the title, seed, result, history, ...
-    Raises utils.Problem for what a user can put right, and at the end for runs that diverged.
+    Raises utils.UserError for what a user can put right, and at the end for runs that diverged.
     """
-    flags = utils.parse_flags(globals(), argv)
-    device, dtype = utils.choose_device(flags)
-    if (flags.predict, flags.checkpoint) != ("none", "none"):
-        return utils.predict(flags, build, device)
-    plan, data, failed = utils.make_plan(flags, QUESTIONS), None, []
-    if not flags.redraw or flags.dataset not in utils.NAMES:  # a folder's results have its digits
-        data = utils.load_data(flags, MEAN, STD, device)
-    if not flags.redraw:
-        failed = utils.train_all(plan, describe, train, data, dtype)
-    return utils.show_results(flags, plan, data, QUESTIONS, CLAIMS, draw, failed)
-
+    settings = utils.parse_settings(globals(), argv)
+    return utils.run(settings, mean=MEAN, std=STD, build_model=build_model, train=train, draw=draw,
+                     questions=QUESTIONS, claims=CLAIMS, summary=SUMMARY)
 
 if __name__ == "__main__":
     utils.run_script(main)

@@ -7,29 +7,26 @@ Edit the settings below, or give them on the command line:
     python ex3_pretrained.py --pretrained=none         # Model 2: train from scratch
 """
 
-import copy
 import hashlib
 import socket
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torchsummary import summary
 from torchvision.models import VGG11_BN_Weights, vgg11_bn
 
 import utils
-from utils import Claim, Question
+from utils import Claim, Question, Row
 
 # --- experiment -------------------------------------------------------------------------------
 pretrained = "imagenet"  # imagenet, none (from scratch, 4b), or the path of weights: see README
 fine_tune = True  # train the pretrained part, too; False: only the new layers (4a)
 frozen_norm = "eval"  # frozen batch norm: eval is fixed; train follows the data, as in the exercise
 earlystop = True  # stop when validation stops improving; keep the best model
-patience = 10  # early stopping waits for this number of epochs without a new best; 0: to the end
-monitor = "accuracy"  # what early stopping watches in validation
-augmentation = "horizontal_flip"  # what is done to the training images
+patience = 10  # early stopping waits this number of epochs for a better one; 0: to the end
+monitor = "accuracy"  # what early stopping watches: validation accuracy or loss
+augmentation = "horizontal_flip"  # of the training images: see AUGMENTATIONS in utils.py
 
 # --- training recipe --------------------------------------------------------------------------
 num_epochs = 30  # passes over the training images, at most
@@ -46,7 +43,7 @@ seed = 0  # of everything random: initial weights, order, augmentation
 dataset = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ and test/<class>/
 results = "figures"  # the folder of records, tables and figures
 device = "auto"  # auto: CUDA where there is one
-precision = "auto"  # of the network's arithmetic; auto: the one that is fast here
+precision = "auto"  # float32, bfloat16 or float16; auto: the one that is fast here
 compile = False  # torch.compile: 10 s to a minute more to start; measure whether it pays
 deterministic = False  # on CUDA: the same numbers every time, at some cost (a CPU always is)
 resume = False  # go on with an interrupted run from its latest checkpoint
@@ -56,22 +53,22 @@ rerun = False  # in a question, run again what is recorded already
 redraw = False  # only draw the questions' tables and figures again, from the records
 checkpoint = "none"  # the file of a trained network, for --predict
 predict = "none"  # an image, or a folder of images, to classify with it
+note = "none"  # your name or a remark, for the record
 # --- end of settings --------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # normalization: ImageNet's
 HIDDEN = 256
 
-# ============================================ network ============================================
 
+# ============================================ network ============================================
 
 class VGG(nn.Module):
     """torchvision's VGG11-BN features, averaged to one vector, and two new linear layers.
 
-    (B, 3, S, S) images, or their features (B, 512), to (B, num_classes) logits. S is at least 32,
-    where the features are one vector already.
-    fine_tune=False freezes the features; their batch norm layers then run in eval mode, so that
-    the features are a fixed function of the image, or with frozen_norm="train" normalize by the
-    batch and follow the data, as in the exercise's template.
+    (B, 3, S, S) images to (B, num_classes) logits. S is at least 32, where the features are one
+    vector already. fine_tune=False freezes the features; their batch norm layers then run in eval
+    mode, so that the features are a fixed function of the image, or with frozen_norm="train"
+    normalize by the batch and follow the data, as in the exercise's template.
     """
 
     def __init__(self, fine_tune=True, frozen_norm="eval", num_classes=10):
@@ -80,6 +77,11 @@ class VGG(nn.Module):
         self.head = nn.Sequential(nn.Linear(512, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(),
                                   nn.Linear(HIDDEN, num_classes))
         self.fixed = not fine_tune and frozen_norm == "eval"
+
+    @property
+    def trained(self):
+        """The part whose batch norm layers run in train mode while training."""
+        return self.head if self.fixed else self
 
     def train(self, mode=True):
         super().train(mode)
@@ -91,171 +93,175 @@ class VGG(nn.Module):
         """The features (B, 512) of images (B, 3, S, S)."""
         return self.features(images).mean(dim=(2, 3))
 
-    def forward(self, inputs):
-        return self.head(self.extract(inputs) if inputs.dim() == 4 else inputs)
+    def forward(self, images):
+        return self.head(self.extract(images))
 
-
-def build(flags, num_classes):
-    """The network of the flags, with initial weights; the pretrained ones come later."""
-    model = VGG(flags.fine_tune, flags.frozen_norm, num_classes)
-    if flags.pretrained == "none":
-        start_from_scratch(model)
+def build_model(settings, num_classes):
+    """The network of the settings, with initial weights; the pretrained ones come later."""
+    model = VGG(settings.fine_tune, settings.frozen_norm, num_classes)
+    if settings.pretrained == "none":
+        init_head(model)
     return model
 
-
-def start_from_scratch(model):
+def init_head(model):
     """The template's initial weights of the new layers, when nothing is pretrained."""
     for layer in model.head:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=1e-3)
             nn.init.zeros_(layer.bias)
 
-
-def make_optimizer(model, flags):
+def make_optimizer(model, settings):
     """The optimizer of what learns and its schedule, which takes a step after each epoch."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trainable, flags.learning_rate,
-                                 weight_decay=flags.reg, fused=True)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, flags.learning_rate_decay)
+    optimizer = torch.optim.Adam(trainable, settings.learning_rate,
+                                 weight_decay=settings.reg, fused=True)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, settings.learning_rate_decay)
     return optimizer, scheduler
 
 
 # ====================================== pretrained weights ======================================
 
-
 def load_features(model, pretrained):
     """Put pretrained weights into the features of a network; returns the hash of their file.
 
-    pretrained: "imagenet" for torchvision's, or the path of a state dict of a VGG11-BN, in any
-    float type, of its features.* only, or of a checkpoint of this script. Raises utils.Problem.
+    pretrained: "imagenet" for torchvision's; the path of a state dict of a VGG11-BN, in any float
+    type, of its features.* only, or of a checkpoint of this script; "none": leaves the network as
+    it is and returns None. Raises utils.UserError.
     """
+    if pretrained == "none":
+        return None
     if pretrained == "imagenet":
         weights = VGG11_BN_Weights.IMAGENET1K_V1
-        state, sha256 = download_weights(weights), Path(weights.url).stem.split("-")[1]
+        state, weights_hash = download_weights(weights), Path(weights.url).stem.split("-")[1]
     else:
         state = utils.load_checkpoint(pretrained)
-        sha256 = hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()[:16]
+        weights_hash = hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()[:16]
     try:
         state = state.get("model", state)  # a checkpoint has more in it
         model.features.load_state_dict({name.removeprefix("features."): value for name, value in
                                         state.items() if name.startswith("features.")})
-    except (AttributeError, RuntimeError) as problem:
-        raise utils.Problem(f"{pretrained} has not the features.* of a VGG11-BN") from problem
-    return sha256
-
+    except (AttributeError, RuntimeError) as error:
+        raise utils.UserError(f"{pretrained} lacks the features.* of a VGG11-BN") from error
+    return weights_hash
 
 def download_weights(weights):
-    """torchvision's weights, downloaded once. Raises utils.Problem."""
+    """torchvision's weights, downloaded once. Raises utils.UserError."""
     socket.setdefaulttimeout(15)  # a host that delivers nothing for so many seconds has failed
     try:
         return weights.get_state_dict(check_hash=True, weights_only=True)
-    except Exception as problem:  # urllib, http.client, zipfile and torch have their own
+    except Exception as error:  # urllib, http.client, zipfile and torch have their own
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        raise utils.Problem(
-            f"the ImageNet weights cannot be had ({problem}): put the undamaged {path.name} into "
-            f"{path.parent}, name others with --pretrained=PATH, or train from scratch with "
-            "--pretrained=none") from problem
+        raise utils.UserError(
+            f"the ImageNet weights cannot be downloaded ({error}): put an undamaged {path.name} "
+            f"into {path.parent}, name others with --pretrained=PATH, or train from scratch with "
+            "--pretrained=none") from error
 
 
 # ======================================== fixed features ========================================
 
+MIRROR = utils.AUGMENTATIONS["horizontal_flip"].keywords  # dim and p
 
 @dataclass
 class FeatureData(utils.Data):
-    """A data set with the fixed features of its images, float32 (1 or 2, N, 512): [0] of the images
-    as they are, [1] of the mirrored ones. A head trains on them as on the images, but they are not
-    computed anew in every epoch."""
+    """A data set with the fixed features of its images, which a head trains on as on images, but
+    they are not computed anew in every epoch."""
 
-    features: torch.Tensor
+    features: torch.Tensor | None = None  # float32 (2, N, 512), [1] of the mirrored images
 
     def batch(self, indices, augment=None):
-        """The features (B, 512) of the images, mirrored where `augment` would, and the labels."""
-        mirrored = 0
-        if augment:  # it flips a picture of two pixels, which shows what it would do to the image
-            pixels = torch.arange(2.0, device=indices.device)
-            mirrored = augment(pixels.expand(len(indices), 1, 1, 2))[:, 0, 0, 0].long()
+        """The features (B, 512) of the images, mirrored where `augment` asks for it, and labels."""
+        mirrored = torch.zeros(len(indices), dtype=torch.int64, device=indices.device)
+        if augment:
+            mirrored = utils.choose(indices, augment.generator, MIRROR["p"]).long()
         return self.features[mirrored, indices], self.labels[indices]
 
-
 @torch.no_grad()
-def extract_features(model, data, dtype, mirror):
-    """The data with the fixed features of all images in use and, if asked, of the mirrored ones."""
+def cache_features(model, data, augmentation, dtype):
+    """What to train, and on what: the head on FeatureData where the features are fixed and images
+    are mirrored at most, else the whole model on the data."""
+    if not model.fixed or augmentation not in ("none", "horizontal_flip"):
+        return model, data
+    model.eval()
+    features = torch.zeros(2, len(data.images), 512, device=data.images.device)
     used = torch.cat((data.train, data.val, data.test))
-    versions = [None, partial(torch.flip, dims=[3])][:1 + mirror]
-    features = torch.empty(len(versions), len(data.images), 512, device=used.device)
-    for version, augment in enumerate(versions):
-        for indices in utils.progress_bar(used.split(500), "features"):
+    versions = [None] if augmentation == "none" else [None, mirror]
+    for indices in utils.progress_bar(used.split(data.fitting(500)), "features"):
+        for i, augment in enumerate(versions):
             images, _ = data.batch(indices, augment)
             with utils.autocast(images.device, dtype):
-                features[version, indices] = model.eval().extract(images).float()
-    return FeatureData(**vars(data), features=features)
+                features[i, indices] = model.extract(images).float()
+    return model.head, FeatureData(**vars(data), features=features)
+
+def mirror(images):
+    return images.flip(MIRROR["dim"])
 
 
 # ========================================== experiment ==========================================
 
+def run_title(settings):
+    """What the network is."""
+    if settings.pretrained == "none":
+        return "VGG11-BN from scratch"
+    source = "ImageNet" if settings.pretrained == "imagenet" else Path(settings.pretrained).stem
+    if settings.fine_tune:
+        return f"VGG11-BN fine-tuned, {source} weights"
+    if settings.frozen_norm == "eval":
+        return f"VGG11-BN frozen, {source} weights"
+    return f"VGG11-BN frozen, batch norm in train mode, {source} weights"
 
-def describe(flags):
-    """What the network is, for titles, and the part of Question 4, for names of checkpoints."""
-    if flags.pretrained == "none":
-        return "VGG11-BN from scratch", "part_4b_2"
-    source = "ImageNet" if flags.pretrained == "imagenet" else Path(flags.pretrained).stem
-    if flags.fine_tune:
-        return f"VGG11-BN fine-tuned, {source} weights", "part_4b_1"
-    if flags.frozen_norm == "eval":
-        return f"VGG11-BN frozen, {source} weights", "part_4a"
-    return (f"VGG11-BN frozen, batch norm in train mode, {source} weights",
-            "part_4a_frozen_norm_train")
+def checkpoint_name(settings):
+    """The part of a checkpoint's file name that tells the network, by Question 4's parts."""
+    if settings.pretrained == "none":
+        return "part_4b_2"
+    if settings.fine_tune:
+        return "part_4b_1"
+    return "part_4a" if settings.frozen_norm == "eval" else "part_4a_frozen_norm_train"
 
+def train(settings, data, dtype):
+    """One experiment: a new network, trained and tested. Returns its record. data: utils.Data."""
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, len(data.classes)).to(data.images.device)
+    digest = load_features(model, settings.pretrained)  # of the weights' file
+    optimizer, scheduler = make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler(data.images.device.type, enabled=dtype == torch.float16)
+    stopper = utils.make_stopper(settings)
+    run = utils.Run(settings, run_title(settings), data, dtype, model, optimizer, scheduler, digest)
+    if run.is_recorded():
+        return utils.load_record(run.record_path)
+    run.show_start(model)
+    utils.prepare_model(model, settings, dtype)
+    checkpoint = utils.Checkpoint(run, checkpoint_name(settings), model=model, stopper=stopper,
+                                  optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+    checkpoint.restore_or_set_aside()
+    net, data = cache_features(model, data, settings.augmentation, dtype)
 
-def train(run, data):
-    """One experiment: a new network, trained and tested; its record is written.
-
-    run: a utils.Run, which keeps the books; data: utils.Data.
-    """
-    flags, device, weights = run.flags, data.images.device, None
-    torch.manual_seed(flags.seed)
-    model = build(flags, len(data.classes))
-    if flags.pretrained != "none":
-        weights = load_features(model, flags.pretrained)
-    filters = utils.first_filters(model)
-    if flags.question == "none":
-        size = flags.image_size  # in eval mode, as its random numbers would move the statistics
-        summary(copy.deepcopy(model).eval(), (3, size, size), device="cpu")
-    utils.place(model, device, flags)
-    optimizer, scheduler = make_optimizer(model, flags)
-    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
-    # with --resume they get the state of the interrupted run
-    if not run.begin(weights, model=model, optimizer=optimizer, scheduler=scheduler,
-                     scaler=scaler):
-        return
-    if model.fixed and flags.augmentation in ("none", "horizontal_flip"):
-        data = extract_features(model, data, run.dtype, flags.augmentation == "horizontal_flip")
-
-    for epoch in range(run.epoch + 1, flags.num_epochs + 1):
-        # before the epoch, so that a resumed run stops, too
-        if flags.earlystop and 0 < flags.patience <= run.epoch - run.best_epoch:
-            print(f"Early stop: no better epoch than {run.best_epoch} for {flags.patience} epochs")
+    for epoch in range(run.epoch + 1, settings.num_epochs + 1):
+        if stopper and stopper.should_stop:
             break
-        order, augment, augment_val = utils.seed_epoch(flags.seed, epoch, flags.augmentation)
-        batches = utils.shuffled_batches(data.train, flags.batch_size, order)
-        train_loss, train_accuracy = utils.train_one_epoch(
-            model, data, batches, augment, optimizer, scaler, run.dtype)
-        val_loss, val_accuracy = utils.evaluate(model, data, data.val, run.dtype)
+        shuffle, draws, val_draws = utils.seed_epoch(settings.seed, epoch)
+        augment = utils.make_augment(settings.augmentation, draws)
+        batches = data.batches(data.train, settings.batch_size, shuffle, augment)
+        train_loss, train_accuracy = utils.train_one_epoch(net, batches, optimizer, scaler, dtype)
+        val_loss, val_accuracy = utils.evaluate(net, data.batches(data.val), dtype)
         numbers = {"train_loss": train_loss, "train_accuracy": train_accuracy,
                    "val_loss": val_loss, "val_accuracy": val_accuracy}
-        if augment:  # as the report probably measured it
-            _, numbers["val_accuracy_augmented"] = utils.evaluate(
-                model, data, data.val, run.dtype, augment_val)
+        if augment:  # on augmented images, too, as the report probably measured it
+            augment = utils.make_augment(settings.augmentation, val_draws)
+            batches = data.batches(data.val, augment=augment)
+            _, numbers["val_accuracy_augmented"] = utils.evaluate(net, batches, dtype)
         scheduler.step()
+        if stopper:
+            stopper.update(epoch, val_loss, val_accuracy, model)
+        run.log_epoch(epoch, numbers)
+        checkpoint.save_now_and_then()
 
-        score = val_accuracy if flags.monitor == "accuracy" else -val_loss
-        if flags.earlystop and score > run.best_score:  # of equal ones the first is the best
-            run.keep_best(epoch, score)
-        run.end_epoch(**numbers)
-
-    run.save()
-    tested, confusion = utils.test(run, model, data)
-    run.finish(tested, confusion, {"before": filters, "after": utils.first_filters(model)})
+    checkpoint.save()
+    latest = best = utils.test(net, data, dtype)
+    if stopper:
+        model.load_state_dict(stopper.best_weights)
+        best = utils.test(net, data, dtype)
+    precise = utils.precise_bn_accuracies(net, model.trained, data, dtype)
+    return run.finish(checkpoint, latest, best, precise)
 
 
 # ========================================== questions ==========================================
@@ -263,17 +269,18 @@ def train(run, data):
 NOTE = ("We measure in eval mode on plain images; the report probably on mirrored ones with the "
         "statistics of the batch.")
 
-QUESTIONS = {  # rows: name, the settings that it changes, the report's number for each column
+QUESTIONS = {  # the report's numbers stand in each row, by the key of a result
     "4a": Question(
         asked="How far do frozen pretrained features go?",
         title="Table 5", note=f"{NOTE} Its frozen network was probably the second, in train mode.",
         figures=("figure_8_part_4a.png",),
         columns={"validation": "val_accuracy", "test": "test_accuracy",
                  "test, first 1,000 images": "test_accuracy_first_1000",
-                 "test, re-estimated statistics": "test_accuracy_recalibrated"},
+                 "test, precise BN": "test_accuracy_recalibrated"},
         rows=[
-            ("frozen", {"fine_tune": False, "frozen_norm": "eval"}, 65.1, 61.6),
-            ("frozen, batch norm in train mode", {"fine_tune": False, "frozen_norm": "train"}),
+            Row("frozen", {"fine_tune": False, "frozen_norm": "eval"},
+                {"val_accuracy": 65.1, "test_accuracy": 61.6}),
+            Row("frozen, batch norm in train mode", {"fine_tune": False, "frozen_norm": "train"}),
         ]),
     "4b": Question(
         asked="Is it better to start from pretrained weights or from scratch?",
@@ -281,65 +288,64 @@ QUESTIONS = {  # rows: name, the settings that it changes, the report's number f
         columns={"best epoch": "best_epoch", "validation": "val_accuracy",
                  "train": "train_accuracy", "test": "test_accuracy",
                  "test, first 1,000 images": "test_accuracy_first_1000",
-                 "test, re-estimated statistics": "test_accuracy_recalibrated"},
+                 "test, precise BN": "test_accuracy_recalibrated"},
         rows=[
-            ("Model 1 (fine-tuned)", {"fine_tune": True}, 11, 89.1, 97.8, 88.6),
-            ("Model 2 (from scratch)", {"fine_tune": True, "pretrained": "none"},
-             19, 88.7, 98.0, 84.4),
+            Row("Model 1 (fine-tuned)", {"fine_tune": True},
+                {"best_epoch": 11, "val_accuracy": 89.1, "train_accuracy": 97.8,
+                 "test_accuracy": 88.6}),
+            Row("Model 2 (from scratch)", {"fine_tune": True, "pretrained": "none"},
+                {"best_epoch": 19, "val_accuracy": 88.7, "train_accuracy": 98.0,
+                 "test_accuracy": 84.4}),
         ]),
 }
 
-CLAIMS = [  # question, claim, the first, over each of the others by how many points, the report
-    Claim("4b", "Fine-tuning beats frozen features", "Model 1 (fine-tuned)", ["frozen"], above=0,
-          report="test 61.6 → 88.6", report_lead=27.0),
-    Claim("4b", "Pretrained beats from scratch", "Model 1 (fine-tuned)",
-          ["Model 2 (from scratch)"], above=0, report="test 84.4 → 88.6", report_lead=4.2),
+SUMMARY = {  # rows of summary.png: the question and the row that has them
+    "VGG11-BN, frozen": ("4a", "frozen"),
+    "VGG11-BN, from scratch": ("4b", "Model 2 (from scratch)"),
+    "VGG11-BN, fine-tuned": ("4b", "Model 1 (fine-tuned)")}
+
+CLAIMS = [  # the report's own conclusions first
+    Claim("4b", "Fine-tuning beats frozen features", ("Model 1 (fine-tuned)", "test_accuracy"),
+          [("frozen", "test_accuracy")], above=0, report="test 61.6 → 88.6",
+          report_difference=27.0),
+    Claim("4b", "Pretrained beats from scratch", ("Model 1 (fine-tuned)", "test_accuracy"),
+          [("Model 2 (from scratch)", "test_accuracy")], above=0, report="test 84.4 → 88.6",
+          report_difference=4.2),
     # what the report leaves open
     Claim("4a", "Not in the report: frozen, batch norm's mode changes less than a point",
-          "frozen, batch norm in train mode", ["frozen"], above=-1, below=1),
+          ("frozen, batch norm in train mode", "test_accuracy"), [("frozen", "test_accuracy")],
+          above=-1, below=1),
 ]
+
 
 # =========================================== figures ===========================================
 
-
-def draw(question, results, flags, folder, data):
-    """Draw the figures of a question (or one experiment: "none").
-
-    results: {name: the records of its seeds}; data: not needed here.
-    """
-    if question == "none":
-        utils.plot_run(flags, results, folder)
-    else:
-        figures = "Figure 8" if question == "4a" else "Figures 9 and 10"
-        utils.plot_learning_curves(
-            results, f"{figures}: VGG11-BN", folder / QUESTIONS[question].figures[0],
-            QUESTIONS[question].report, 60)
+def draw(number, results, folder, data):
+    """Draw the figures of a question. results: {name: records}; data: not needed here."""
+    question = QUESTIONS[number]
+    names = question.figures or (f"figure_{number}.png",)
+    titles = {"4a": "Figure 8: VGG11-BN", "4b": "Figures 9 and 10: VGG11-BN"}
+    utils.plot_learning_curves(results, titles.get(number, question.asked), folder / names[0],
+                               question.reports(results), lowest=60)
 
 
 # ============================================= main =============================================
 
+def check(settings):
+    """Raise utils.UserError for settings that do not go together."""
+    if settings.pretrained == "none" and not settings.fine_tune:
+        raise utils.UserError("--pretrained=none with --fine_tune=False would freeze random "
+                              "features: leave one of them out", 2)
 
 def main(argv=None):
-    """Run what the flags describe, an experiment or a question (argv: None: the command line's).
+    """Run what the settings describe, an experiment or a question (argv: None: the command line's).
 
     Returns the records that it shows, a list: of each the title, seed, result, history, ...
-    Raises utils.Problem for what a user can put right, and at the end for runs that diverged.
+    Raises utils.UserError for what a user can put right, and at the end for runs that diverged.
     """
-    flags = utils.parse_flags(globals(), argv)
-    device, dtype = utils.choose_device(flags)
-    if (flags.predict, flags.checkpoint) != ("none", "none"):
-        return utils.predict(flags, build, device)
-    plan, data, failed = utils.make_plan(flags, QUESTIONS), None, []
-    if any(run.pretrained == "none" and not run.fine_tune
-           for runs in plan.values() for run in runs.values()):
-        raise utils.Problem("--pretrained=none with --fine_tune=False would freeze random "
-                            "features: leave one of them out", 2)
-    if not flags.redraw or flags.dataset not in utils.NAMES:  # a folder's results have its digits
-        data = utils.load_data(flags, MEAN, STD, device)
-    if not flags.redraw:
-        failed = utils.train_all(plan, describe, train, data, dtype)
-    return utils.show_results(flags, plan, data, QUESTIONS, CLAIMS, draw, failed)
-
+    settings = utils.parse_settings(globals(), argv)
+    return utils.run(settings, mean=MEAN, std=STD, build_model=build_model, train=train, draw=draw,
+                     questions=QUESTIONS, claims=CLAIMS, summary=SUMMARY, check=check)
 
 if __name__ == "__main__":
     utils.run_script(main)

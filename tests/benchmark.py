@@ -1,7 +1,8 @@
 """The speed of our training loop beside the plain loop of the exercise: python tests/benchmark.py
 
-Both train the same network on the same images in one process, in turns; each number is the median
-of the rounds. It takes minutes on two CPU cores, needs no data, and is not a test.
+With --precision=float32 ours is the loop of a CPU without bfloat16. Both train the same network on
+the same images in one process, in turns; each number is the median of the rounds. It takes minutes
+on two CPU cores, needs no data, and is not a test.
 """
 
 import ctypes
@@ -67,16 +68,19 @@ def matrix_rate(device, dtype):
     return 2e-9 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(4))
 
 
-def our_loop(network, data, augmentation, device, dtype, flags):
+def our_loop(network, data, augmentation, device, dtype, settings):
     """A function that trains one epoch with our loop."""
-    model = network()
-    utils.place(model, device, flags)
-    augment = utils.make_augment(augmentation, torch.Generator())
+    model = network().to(device)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3, weight_decay=1e-3, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return lambda: utils.train_one_epoch(
-        model, data, utils.shuffled_batches(data.train, BATCH, torch.Generator()), augment,
-        optimizer, scaler, dtype)
+    utils.prepare_model(model, settings, dtype)
+    augment = utils.make_augment(augmentation, torch.Generator())
+
+    def epoch():
+        batches = data.batches(data.train, BATCH, torch.Generator(), augment)
+        utils.train_one_epoch(model, batches, optimizer, scaler, dtype)
+
+    return epoch
 
 
 def plain_loop(network, data, augmentation, device):
@@ -107,10 +111,10 @@ def plain_loop(network, data, augmentation, device):
     return epoch
 
 
-def measure(name, data, device, dtype, flags):
+def measure(name, data, device, dtype, settings):
     """Print one line of the table in Markdown."""
     network, augmentation = ROWS[name.split(", --")[0]]
-    ours = our_loop(network, data, augmentation, device, dtype, flags)
+    ours = our_loop(network, data, augmentation, device, dtype, settings)
     plain = plain_loop(network, data, augmentation, device)
     times = []
     for _ in range(1 + ROUNDS):
@@ -130,20 +134,23 @@ def measure(name, data, device, dtype, flags):
 
 
 def main():
-    flags = utils.parse_flags(vars(ex3_convnet), ["--dataset=synthetic"])
-    device, dtype = utils.choose_device(flags)
-    data = utils.load_data(flags, ex3_convnet.MEAN, ex3_convnet.STD, device)
+    settings = utils.parse_settings(vars(ex3_convnet), ["--dataset=synthetic", *sys.argv[1:]])
+    device = utils.choose_device(settings)
+    dtype = utils.choose_dtype(device, settings.precision)
+    data = utils.load_data(settings, ex3_convnet.MEAN, ex3_convnet.STD, device)
     data.train = data.train[:20 * BATCH if device.type == "cuda" else 2 * BATCH]
     print(f"{utils.describe_device(device)}, PyTorch {torch.__version__}; ours in {dtype}, the "
           f"plain loop in float32; median of {ROUNDS} rounds of {len(data.train):,} images\n\n"
           "| network | ours, images/s | plain, images/s | ratio | ours, GFLOP/s | of the best "
           "matrix rate |\n" + "|---" * 6 + "|")
     for name, (_, augmentation) in ROWS.items():
-        on_gpu = device.type == "cuda" and augmentation == "none"
-        for extra in ("", *["compile", "deterministic"] * on_gpu):
-            changed = flags.replace(**{extra: True} if extra else {})
-            utils.choose_device(changed)
-            measure(name + f", --{extra}" * bool(extra), data, device, dtype, changed)
+        measure(name, data, device, dtype, settings)
+        if device.type == "cuda" and augmentation == "none":
+            for extra in ("compile", "deterministic"):
+                changed = settings.replace(**{extra: True})
+                utils.choose_device(changed)
+                measure(f"{name}, --{extra}", data, device, dtype, changed)
+            utils.choose_device(settings)
 
 
 if __name__ == "__main__":

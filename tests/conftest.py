@@ -29,8 +29,8 @@ TINY = ["--dataset=synthetic", "--num_training=60", "--num_validation=20", "--nu
 
 
 def parse(*argv, script=ex3_convnet):
-    """The flags of a script for this command line."""
-    return utils.parse_flags(vars(script), argv)
+    """The settings of a script for this command line."""
+    return utils.parse_settings(vars(script), argv)
 
 
 def records_in(folder):
@@ -55,9 +55,17 @@ def comparable(value):
     return (str(value.dtype), value.tolist()) if isinstance(value, torch.Tensor) else value
 
 
+def pytest_addoption(parser):
+    parser.addoption("--bfloat16", action="store_true",
+                     help="let the precision auto find a CPU with bfloat16, whatever it has")
+
+
 @pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    """No test believes that torchrun has started it."""
+def _same_everywhere(monkeypatch, request):
+    """On every machine the precision auto finds the same CPU, and no test believes that torchrun
+    has started it."""
+    found = request.config.getoption("--bfloat16")
+    monkeypatch.setattr(utils, "has_native_bfloat16", lambda device: found)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
@@ -72,8 +80,9 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """Let the synthetic data be 180 images: 60 train, 20 validate, 100 test."""
-    drawn = utils.draw_synthetic(num_train=80, num_test=100)
-    monkeypatch.setattr(utils, "draw_synthetic", lambda: (*drawn[:3], (60, 20, 100)))
+    *made, _ = utils.make_synthetic(num_train=80, num_test=100)
+    sizes = {"train": 60, "val": 20, "test": 100}
+    monkeypatch.setattr(utils, "make_synthetic", lambda: (*made, sizes))
 
 
 @pytest.fixture
@@ -86,7 +95,8 @@ def small_convnet(monkeypatch):
 def no_figures(monkeypatch):
     """Let no figure be drawn, where they are not the point: each takes a quarter of a second."""
     monkeypatch.setattr(utils, "save_figure", lambda figure, *_, **__: utils.plt.close(figure))
-    monkeypatch.setattr(utils, "plot_run", lambda *_: None)
+    for name in ("plot_runs", "plot_learning_curves", "plot_filters", "plot_classes"):
+        monkeypatch.setattr(utils, name, lambda *_, **__: None)
 
 
 @pytest.fixture

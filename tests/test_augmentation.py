@@ -1,5 +1,6 @@
 """Augmentation: each technique against torchvision's functional for one image, and its draws."""
 
+import itertools
 import math
 from functools import partial
 
@@ -17,18 +18,13 @@ def images():
     return torch.nn.functional.interpolate(noise, (32, 32), mode="bicubic").clamp(0, 1)
 
 
-def fixed(monkeypatch, *draws):
-    """Let utils.uniform return these draws (a list of one number an image each), in order."""
-    values = iter(draws)
-    monkeypatch.setattr(utils, "uniform", lambda *_: torch.tensor(next(values)))
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def spread(low, high):
-    return torch.linspace(low, high, 16).tolist()
+def spread(low, high, *_):
+    """Sixteen numbers from low to high, evenly: in the place of a uniform draw for each image."""
+    return low + (high - low) * torch.arange(16) / 16
 
 
 def same_up_to_ties(ours, theirs):
@@ -36,23 +32,41 @@ def same_up_to_ties(ours, theirs):
     return (ours - theirs).abs().gt(1e-4).float().mean() < 0.01
 
 
+def rotate(image, angle, _):
+    return reference.rotate(image, angle)
+
+
+def translate(image, x, y):
+    return reference.affine(image, 0, [round(32 * x), round(32 * y)], 1, [0.0])
+
+
+def scale(image, factor, _):
+    return reference.affine(image, 0, [0, 0], factor, [0.0])
+
+
 def enlarge_and_crop(image, left, top):
     large = reference.resize(image, [40, 40], antialias=True)  # bilinear
     return reference.crop(large, int(top), int(left), 32, 32)
 
 
-@pytest.mark.parametrize(("technique", "draws", "theirs"), [
-    (partial(utils.rotate, degrees=45), [spread(-45, 45)], reference.rotate),
-    (partial(utils.translate, fraction=0.5), [spread(-0.5, 0.5), spread(0.4, -0.3)],
-     lambda image, x, y: reference.affine(image, 0, [round(32 * x), round(32 * y)], 1, [0.0])),
-    (partial(utils.scale, low=0.6, high=1.4), [spread(0.6, 1.4)],
-     lambda image, factor: reference.affine(image, 0, [0, 0], factor, [0.0])),
-    (partial(utils.resize_crop, ratio=40 / 32), [spread(0, 8.99), spread(8.99, 0)],
-     enlarge_and_crop)])
-def test_geometry(images, monkeypatch, technique, draws, theirs):
-    fixed(monkeypatch, *draws)
+@pytest.mark.parametrize(("technique", "low", "high", "theirs"), [
+    (partial(utils.rotate, degrees=45), -45, 45, rotate),
+    (partial(utils.translate, fraction=0.5), -0.5, 0.5, translate),
+    (partial(utils.scale, low=0.6, high=1.4), 0.6, 1.4, scale),
+    (partial(utils.resize_crop, ratio=40 / 32), 0, 9, enlarge_and_crop)])
+def test_geometry(images, monkeypatch, technique, low, high, theirs):
+    """The first draw of each image goes from low to high, a second one from high to low."""
+    down = iter([False, True])
+
+    def draw(low, high, *_):
+        numbers = spread(low, high)
+        return numbers.flip(0) if next(down) else numbers
+
+    monkeypatch.setattr(utils, "uniform", draw)
     ours = technique(images, None)
-    assert same_up_to_ties(ours, torch.stack([theirs(*each) for each in zip(images, *draws)]))
+    numbers = spread(low, high).tolist()
+    expected = [theirs(*each) for each in zip(images, numbers, reversed(numbers))]
+    assert same_up_to_ties(ours, torch.stack(expected))
     assert not same_up_to_ties(ours, images)
 
 
@@ -62,45 +76,51 @@ def test_geometry(images, monkeypatch, technique, draws, theirs):
     (partial(utils.greyscale, p=0.5), partial(reference.rgb_to_grayscale, num_output_channels=3))])
 def test_flips_and_greyscale_change_the_images_whose_draw_is_below_p(
         images, monkeypatch, technique, theirs):
-    fixed(monkeypatch, [0.2, 0.7] * 8)
+    monkeypatch.setattr(utils, "uniform", lambda *_: torch.tensor([0.2, 0.7] * 8))
     ours = technique(images, None)
     assert torch.allclose(ours[::2], theirs(images[::2]), atol=1e-6)
     assert torch.equal(ours[1::2], images[1::2])
 
 
-@pytest.mark.parametrize(("ours", "theirs", "low", "high"), [
-    (utils.adjust_brightness, reference.adjust_brightness, 0.6, 1.4),
-    (utils.adjust_contrast, reference.adjust_contrast, 0.6, 1.4),
-    (utils.adjust_saturation, reference.adjust_saturation, 0.6, 1.4),
-    (utils.adjust_hue, reference.adjust_hue, -0.5, 0.5)])
-def test_colours(images, ours, theirs, low, high):
+COLOURS = {  # torchvision's function, the width of the draw around 1 or, of the hue, around 0
+    "brightness": (reference.adjust_brightness, 0.4), "contrast": (reference.adjust_contrast, 0.4),
+    "saturation": (reference.adjust_saturation, 0.4), "hue": (reference.adjust_hue, 0.5)}
+
+
+def adjusted(images, name, width):
+    """The images as torchvision changes them by amounts from one end of the draw to the other."""
+    theirs, _ = COLOURS[name]
+    amounts = spread(-width, width)
+    if name != "hue":
+        amounts = 1 + amounts
+    return torch.stack([theirs(image, amount.item()) for image, amount in zip(images, amounts)])
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_each_of_the_four_colours_of_color_jitter(images, monkeypatch, name):
+    monkeypatch.setattr(utils, "uniform", spread)
     images[0] = 0.5  # grey has no hue
-    amounts = torch.linspace(low, high, 16)
-    expected = torch.stack([theirs(i, a.item()) for i, a in zip(images, amounts)])
-    assert torch.allclose(ours(images, amounts.view(-1, 1, 1, 1)), expected, atol=1e-4)
+    _, width = COLOURS[name]
+    ours = utils.color_jitter(images, generator(), **{**dict.fromkeys(COLOURS, 0), name: width})
+    assert torch.allclose(ours, adjusted(images, name, width), atol=1e-4)
 
 
 def test_color_jitter_takes_the_four_in_random_order(images, monkeypatch):
-    taken = []
-
-    def take(images, amount, name):
-        taken.append((name, amount))
-        return images
-
-    for name in ("brightness", "contrast", "saturation", "hue"):
-        monkeypatch.setattr(utils, f"adjust_{name}", partial(take, name=name))
+    monkeypatch.setattr(utils, "uniform", spread)
     widths = {"brightness": 0.4, "contrast": 0.3, "saturation": 0.2, "hue": 0.1}
-    orders = set()
+    expected = {}
+    for order in itertools.permutations(widths):
+        expected[order] = images
+        for name in order:
+            expected[order] = adjusted(expected[order], name, widths[name])
+    found = set()
     for seed in range(20):
-        taken.clear()
-        utils.color_jitter(images, generator(seed), **widths)
-        orders.add(tuple(name for name, _ in taken))
-        assert {name for name, _ in taken} == set(widths)
-        for name, amount in taken:
-            away = (amount - (0 if name == "hue" else 1)).abs().max()
-            assert widths[name] / 2 < away <= widths[name]
-            assert len(amount.unique()) == 16
-    assert len(orders) > 5
+        ours = utils.color_jitter(images, generator(seed), **widths)
+        distances = {order: (ours - theirs).abs().max() for order, theirs in expected.items()}
+        nearest = min(distances, key=distances.get)
+        assert distances[nearest] < 1e-4
+        found.add(nearest)
+    assert len(found) > 5
 
 
 @pytest.mark.parametrize("name", utils.AUGMENTATIONS)
@@ -115,7 +135,10 @@ def test_each_image_gets_its_own_draw_from_the_given_generator(images, name):
     assert torch.equal(global_state, torch.get_rng_state())
     distinct = len(torch.unique(first.flatten(1), dim=0))
     few = {"vertical_flip": 2, "horizontal_flip": 2, "greyscale": 2, "scaling": 1}
-    assert distinct == few[name] if name in few else distinct > 30
+    if name in few:
+        assert distinct == few[name]
+    else:
+        assert distinct > 30
     assert first.shape == copies.shape
     assert 0 <= first.min() <= first.max() <= 1
 

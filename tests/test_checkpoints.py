@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, checkpoints_in, comparable, records_in
+from torch import nn
 
 import ex3_convnet
 import ex3_pretrained
@@ -88,9 +89,10 @@ def test_a_run_interrupted_in_each_epoch_is_the_uninterrupted_one(run, small, na
     assert [int(epoch) for epoch in resumed] == [*range(1, epochs + 1)]
 
 
-@pytest.mark.parametrize("call", [3, 4, 13, 15])
+@pytest.mark.parametrize("call", [3, 4, 13, 16])
 def test_a_kill_between_any_two_files_loses_nothing(run, small, call):
-    """Each epoch writes the best and the latest model; at the end the record follows."""
+    """After two trials whether the folders can be written, each epoch writes the latest and the
+    best model; at the end both are written again, and the record follows."""
     run("convnet", "whole")
     with interrupted(call, "replace", os):
         run("convnet", "broken")
@@ -102,6 +104,7 @@ def test_a_kill_between_any_two_files_loses_nothing(run, small, call):
     ("--num_epochs=2", "--num_epochs=4", []),
     ("--patience=1", "--patience=3", ["--learning_rate=1e-12", "--monitor=accuracy"])])
 def test_more_epochs_or_patience_go_on_as_if_given_at_once(run, small, less, more, recipe):
+    """With less the run would have ended before: that is refused in one sentence."""
     whole = run("convnet", "whole", *recipe, more)
     shorter = run("convnet", "longer", *recipe, less)
     longer = run("convnet", "longer", *recipe, more, "--resume")
@@ -109,8 +112,25 @@ def test_more_epochs_or_patience_go_on_as_if_given_at_once(run, small, less, mor
     assert comparable([longer, checkpoints_in(small / "longer")]) == comparable(
         [whole, checkpoints_in(small / "whole")])
     assert len(records_in(small / "longer")) == 2
-    with pytest.raises(utils.Problem, match=r"give at least as many.*--resume$"):
+    kept = outcome(small / "longer")
+    with pytest.raises(utils.UserError, match=r"give a larger .*, or leave out --resume$") as error:
         run("convnet", "longer", *recipe, less, "--resume")
+    assert less[:-2] in str(error.value)
+    assert "\n" not in str(error.value)
+    assert outcome(small / "longer") == kept
+
+
+def test_less_patience_that_would_not_have_stopped_yet_goes_on_as_if_given_at_once(run, small):
+    recipe = ["--learning_rate=1e-12", "--monitor=accuracy"]  # no epoch is better than the first
+    whole = run("convnet", "whole", *recipe, "--patience=2")
+    with interrupted(4):  # after the third epoch
+        run("convnet", "broken", *recipe, "--patience=5")
+    with pytest.raises(utils.UserError, match=r"^--patience=1 would have stopped before"):
+        run("convnet", "broken", *recipe, "--patience=1", "--resume")
+    resumed = run("convnet", "broken", *recipe, "--patience=2", "--resume")
+    assert len(whole["history"]["val_loss"]) == 3
+    assert comparable([resumed, checkpoints_in(small / "broken")]) == comparable(
+        [whole, checkpoints_in(small / "whole")])
 
 
 def test_each_run_has_a_folder_with_the_reports_names_which_may_be_deleted(
@@ -148,37 +168,87 @@ def test_without_resume_a_longer_checkpoint_is_kept_aside(run, small, capsys):
     assert "Resumed after epoch 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[:-1000]),
-    lambda path: torch.save(print, path)])  # it would run code
-def test_a_damaged_checkpoint_is_named_in_one_sentence(small, damage):
+def write_nothing(path):
+    path.write_bytes(b"")
+
+
+def write_half(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def write_readme(path):
+    path.write_text("# The exercise\n\nIt is about convolutional networks.\n")
+
+
+def write_network(path):
+    torch.save(nn.Linear(3, 3), path)
+
+
+def write_code(path):
+    torch.save(print, path)
+
+
+def write_other_version(path):
+    torch.save({"epoch": 1, "model": {}}, path)
+
+
+@pytest.mark.parametrize(("write", "words"), [
+    (write_nothing, "is damaged, or no file of PyTorch's"),
+    (write_half, "is damaged, or no file of PyTorch's"),
+    (write_readme, "is damaged, or no file of PyTorch's"),
+    (write_code, "holds more than weights"),  # which would run
+    (write_other_version, "is of another version of this project")])
+def test_a_checkpoint_to_go_on_from_that_cannot_be_read_is_named_in_one_sentence(
+        small, write, words):
     ex3_convnet.main(TINY)
     path, = small.rglob("*.ckpt")
-    damage(path)
-    with pytest.raises(utils.Problem, match=f"^{re.escape(str(path))} .*damaged.*$"):
+    write(path)
+    with pytest.raises(utils.UserError, match=f"^{re.escape(str(path))} {words}[^\n]*$"):
         ex3_convnet.main([*TINY, "--resume"])
+
+
+@pytest.mark.parametrize("flags", [["--checkpoint={}", "--predict=."], ["--pretrained={}"]])
+@pytest.mark.parametrize(("name", "write", "sentence"), [
+    ("latest.ckpd", None, "there is no file {}"),
+    ("README.md", write_readme, "{} is damaged, or no file of PyTorch's"),
+    ("network.pt", write_network,
+     "{} holds more than weights, perhaps a whole network: save its state_dict()")])
+def test_what_is_no_checkpoint_gets_a_sentence_of_its_own_and_is_not_to_be_deleted(
+        small, tiny_vgg, name, write, sentence, flags):
+    if write:
+        write(small / name)
+    with pytest.raises(utils.UserError) as error:
+        ex3_pretrained.main([*TINY, *(flag.format(small / name) for flag in flags)])
+    assert str(error.value) == sentence.format(small / name)
+    assert error.value.exit_code == 1
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"epoch": 1}, path)
-    with pytest.raises((AttributeError, pickle.PicklingError)), utils.written_beside(path) as new:
+    with pytest.raises((AttributeError, pickle.PicklingError)), utils.atomic_write(path) as new:
         torch.save({"epoch": 2, "model": lambda: None}, new)
     assert utils.load_checkpoint(path) == {"epoch": 1}
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_checkpoints_are_written_every_ten_seconds_and_at_the_end(small, monkeypatch):
-    """Here, where each epoch takes four seconds."""
-    saved, save, real = [], torch.save, utils.seed_epoch
-    clock = SimpleNamespace(perf_counter=lambda: 4 * clock.epoch, epoch=0, time_ns=time.time_ns)
+@pytest.mark.parametrize(("last", "on_disk"), [(2, []), (3, [3]), (5, [3]), (6, [6]), (7, [6])])
+def test_checkpoints_are_written_every_ten_seconds(small, monkeypatch, last, on_disk):
+    """Here, where each epoch takes four seconds, and Ctrl-C comes in the one after the last."""
+    seconds = iter(range(0, 100, 4))
+    clock = SimpleNamespace(now=next(seconds), time_ns=time.time_ns)
+    clock.perf_counter = lambda: clock.now
+    seed_epoch = utils.seed_epoch
+
+    def begin_epoch(*arguments):
+        clock.now = next(seconds)
+        return seed_epoch(*arguments)
+
     monkeypatch.setattr(utils, "time", clock)
-    monkeypatch.setattr(utils, "seed_epoch", lambda seed, epoch, name: vars(clock).update(
-        epoch=epoch) or real(seed, epoch, name))
-    monkeypatch.setattr(torch, "save", lambda state, path: saved.append(
-        state["epoch"]) or save(state, path))
-    ex3_convnet.main([*TINY, "--num_epochs=7"])
-    assert saved == [3, 6, 7]
+    monkeypatch.setattr(utils, "seed_epoch", begin_epoch)
+    with interrupted(last + 1):
+        ex3_convnet.main([*TINY, "--num_epochs=9"])
+    assert [state["epoch"] for state in checkpoints_in(small).values()] == on_disk
 
 
 @pytest.fixture
@@ -201,18 +271,18 @@ def test_a_process_that_is_interrupted_and_then_killed_loses_nothing(
             [*command, *argv], cwd=project.folder, stdin=subprocess.DEVNULL, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         epochs = (line for line in process.stdout if line.startswith("epoch"))
-        *_, third = itertools.islice(epochs, 3)
+        _, second, _ = itertools.islice(epochs, 3)  # the third is told before it is saved
         while looks and not any(project.folder.glob("checkpoints/*/*.tmp")):
             looks -= 1
         process.send_signal(number)
         _, error = process.communicate(timeout=240)
         epoch = utils.load_checkpoint(next(project.folder.rglob("latest*.ckpt")))["epoch"]
-        assert epoch >= int(third[5:].split("/")[0])
+        assert epoch >= int(second[5:].split("/")[0])
         return process.returncode, error, epoch
 
-    code, error, epoch = stop(signal.SIGINT)
+    code, error, _ = stop(signal.SIGINT)
     assert (code, error.count("\n")) == (130, 1)
-    assert epoch - int(re.search(r"(\d+) epochs are on disk", error)[1]) in (0, 1)
+    assert "--resume goes on" in error
     *_, epoch = stop(signal.SIGKILL, "--resume", looks=10**5)
     argv = [*command[2:], f"--num_epochs={epoch + 2}"]
     ex3_convnet.main(argv)

@@ -3,9 +3,11 @@
 import hashlib
 import io
 import pickle
+import re
 import shutil
 import socket
 import struct
+import unicodedata
 import urllib.request
 import zlib
 from functools import partial
@@ -27,19 +29,25 @@ PYTHON, BINARY = "cifar-10-batches-py", "cifar-10-batches-bin"
 
 
 def load(dataset, *argv, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
-    return utils.load_data(parse(f"--dataset={dataset}", *argv), mean, std,
-                           torch.device("cpu"))
+    settings = parse(f"--dataset={dataset}", *argv)
+    return utils.load_data(settings, mean, std, torch.device("cpu"))
 
 
 def levels(data, part):  # the grey of each image
     return data.images[getattr(data, part), 0, 0, 0].tolist()
 
 
+def shares(data, part):  # of each class among the images
+    labels = data.labels[getattr(data, part)]
+    return (torch.bincount(labels, minlength=len(data.classes)) / len(labels)).tolist()
+
+
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
     """A folder with archive and python folder of a CIFAR-10 of 20 images a batch, and its images
     and labels; what utils and torchvision know of the real one fits it."""
-    random, place = np.random.default_rng(0), tmp_path / "source" / PYTHON
+    random = np.random.default_rng(0)
+    place = tmp_path / "source" / PYTHON
     images = random.integers(0, 256, (120, 32, 32, 3), dtype=np.uint8)
     labels = random.integers(0, 10, 120)
     place.mkdir(parents=True)
@@ -52,10 +60,10 @@ def cifar10(tmp_path, monkeypatch):
            for path in place.parent.rglob("*") if path.is_file()}
     known = {"train_list": [[name, md5[name]] for name in BATCHES[:5]],
              "test_list": [["test_batch", md5["test_batch"]]], "tgz_md5": md5[CIFAR10.filename],
-             "meta": {**CIFAR10.meta, "md5": md5["batches.meta"]}, "url": CIFAR10.url}
+             "meta": {**CIFAR10.meta, "md5": md5["batches.meta"]}}
     for name, value in known.items():
         monkeypatch.setattr(CIFAR10, name, value)
-    monkeypatch.setattr(utils, "CIFAR10_SIZES", (90, 10, 20))
+    monkeypatch.setattr(utils, "CIFAR10_SIZES", {"train": 90, "val": 10, "test": 20})
     digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     monkeypatch.setattr(utils, "CIFAR10_FINGERPRINT", digest[:16])
     return place.parent, images, labels
@@ -68,7 +76,8 @@ def mirrors(monkeypatch):
 
     def urlopen(request):
         host = request.host.split(".")[-2]
-        asked.extend({host} - {*asked})
+        if host not in asked:
+            asked.append(host)
         assert socket.getdefaulttimeout()
         if host not in there:
             raise URLError("not there")
@@ -84,12 +93,13 @@ def mirrors(monkeypatch):
 @pytest.mark.parametrize("form", [CIFAR10.filename, PYTHON])
 def test_archive_and_folder_are_the_same_data(folder, cifar10, mirrors, form, place):
     source, images, labels = cifar10
+    _, asked = mirrors
     (folder / place).mkdir()
     (source / form).rename(folder / place / form)
     data = load("cifar10" if place == "datasets" else folder / place)
     assert np.array_equal(data.images.permute(0, 2, 3, 1), images)
     assert (data.labels.tolist(), len(data.train), len(data.val)) == (labels.tolist(), 90, 10)
-    assert (data.name, data.folder.parent.name, mirrors[1]) == ("CIFAR-10", "cifar-10", [])
+    assert (data.name, asked) == ("CIFAR-10", [])
 
 
 def test_the_binary_version_is_read_and_refused_if_it_is_altered_or_incomplete(tmp_path):
@@ -98,58 +108,75 @@ def test_the_binary_version_is_read_and_refused_if_it_is_altered_or_incomplete(t
         content = bytearray(10_000 * 3073)  # image 7: label, its first red, its last green
         content[7 * 3073:7 * 3073 + 2049] = bytes([i, 10 + i, *bytes(2046), 20 + i])
         (tmp_path / BINARY / f"{name}.bin").write_bytes(content)
-    images, labels = utils.load_cifar10(tmp_path)
+    images, labels = utils.read_cifar10(tmp_path)
     assert labels[7::10_000].tolist() == [*range(6)]
     assert images[7::10_000, [0, 31], [0, 31]].tolist() == (
         [[[10 + i, 0, 0], [0, 20 + i, 0]] for i in range(6)])
-    with pytest.raises(utils.Problem, match="damaged"):
+    with pytest.raises(utils.UserError, match="damaged"):
         load(tmp_path)
     (tmp_path / BINARY / "data_batch_2.bin").unlink()
-    with pytest.raises(utils.Problem, match=BINARY):
+    with pytest.raises(utils.UserError, match=BINARY):
         load(tmp_path)
 
 
 def test_mirrors_are_tried_in_turn_and_once(folder, cifar10, mirrors):
+    source, _, labels = cifar10
     there, asked = mirrors
-    archive = (cifar10[0] / CIFAR10.filename).read_bytes()
+    archive = (source / CIFAR10.filename).read_bytes()
     there.update(bcebos=archive[:-9], toronto=archive)
     data = load("cifar10")
-    assert np.array_equal(data.labels, cifar10[2])
+    assert np.array_equal(data.labels, labels)
     assert asked == ["zenodo", "bcebos", "toronto"]
     there.clear()
     assert load("cifar10").fingerprint == data.fingerprint
 
 
-@pytest.mark.parametrize("altered", ["data_batch_3", "test_batch", "batches.meta"])
-def test_without_a_mirror_one_sentence_and_nothing_altered_is_unpickled(
-        folder, cifar10, mirrors, altered):
-    trap = f"cbuiltins\nopen\n(V{folder}/sprung\nVw\ntR.".encode()
-    (cifar10[0] / PYTHON / altered).write_bytes(trap)
-    (cifar10[0] / CIFAR10.filename).unlink()
-    cifar10[0].rename(folder / "datasets")
-    with pytest.raises(utils.Problem, match=r"mirror.*\.tar\.gz.*--dataset=synthetic") as problem:
+def test_without_a_mirror_one_sentence_says_what_to_do(folder, mirrors):
+    words = r"^no mirror.*\.tar\.gz.*--dataset=synthetic$"
+    with pytest.raises(utils.UserError, match=words) as error:
         ex3_convnet.main([])
-    assert (problem.value.status, (folder / "sprung").exists()) == (1, False)
+    assert error.value.exit_code == 1
 
 
-def test_the_split_of_photos(photos):
-    """Cats have the levels 5, 10, ..., 60, dogs 65, ..., 120: the last tenth of each validates."""
+@pytest.mark.parametrize("altered", ["data_batch_3", "test_batch", "batches.meta"])
+def test_an_altered_file_is_refused_and_not_unpickled(folder, cifar10, mirrors, altered):
+    source, _, _ = cifar10
+    trap = f"cbuiltins\nopen\n(V{folder}/sprung\nVw\ntR.".encode()
+    (source / PYTHON / altered).write_bytes(trap)
+    (source / CIFAR10.filename).unlink()
+    source.rename(folder / "datasets")
+    with pytest.raises(utils.UserError, match=rf"{PYTHON}.* damaged: delete it$"):
+        ex3_convnet.main([])
+    assert not (folder / "sprung").exists()
+
+
+def test_the_split_of_photos(photos, capsys):
+    """Cats have the levels 5, 10, ..., 60, dogs 65, ..., 120: of each every tenth validates."""
     data = load(photos)
-    assert levels(data, "val") == [60, 120]
-    assert levels(data, "train") == [level for i in range(5, 60, 5) for level in (i, i + 60)]
+    assert levels(data, "val") == [50, 110]
+    cats = [5, 10, 15, 20, 25, 30, 35, 40, 45, 55, 60]
+    assert levels(data, "train") == [level for cat in cats for level in (cat, cat + 60)]
     assert levels(data, "test") == [125, 145, 130, 150, 135, 155, 140, 160]
     assert data.labels[data.train].tolist() == [0, 1] * 11
     few = load(photos, "--num_training=3", "--num_validation=4")
-    assert (levels(few, "train"), levels(few, "val")) == ([5, 65, 10], [55, 115, 60, 120])
+    assert (levels(few, "train"), levels(few, "val")) == ([5, 65, 10], [60, 120, 50, 110])
     assert len(load(photos, "--num_validation=23").train) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_of_fewer_than_ten_images_one_validates_and_of_twenty_two(tmp_path):
+    write_photos(tmp_path, {"train/ant": 9, "train/bee": 20, "test/ant": 1, "test/bee": 1})
+    data = load(tmp_path)
+    assert data.labels[data.val].tolist() == [0, 1, 1]
+    assert len(data.train) == 8 + 18
 
 
 @pytest.mark.parametrize("argv", ["--num_training=23", "--num_validation=24",
                                   "--num_training=20 --num_validation=5"])
-def test_an_impossible_split_is_a_wrong_flag(photos, argv):
-    with pytest.raises(utils.Problem, match="photos has 24 images to train") as problem:
+def test_an_impossible_split_is_a_wrong_setting(photos, argv):
+    with pytest.raises(utils.UserError, match="photos has 24 images for training") as error:
         load(photos, *argv.split())
-    assert problem.value.status == 2
+    assert error.value.exit_code == 2
 
 
 def test_a_batch_is_normalized(photos):
@@ -161,37 +188,48 @@ def test_a_batch_is_normalized(photos):
 
 
 def test_the_fingerprint_changes_with_a_pixel_a_label_and_the_order(few, monkeypatch):
-    classes, images, labels, sizes = utils.draw_synthetic()
+    name, classes, images, labels, sizes = utils.make_synthetic()
     pixel, label = images.copy(), labels.copy()
     pixel[5, 5, 5, 1] ^= 1
     label[5] ^= 1
     order = np.argsort(labels, kind="stable")
     found = []
     for x, y in (images, labels), (pixel, labels), (images, label), (images[order], labels[order]):
-        monkeypatch.setattr(utils, "draw_synthetic", lambda x=x, y=y: (classes, x, y, sizes))
+        made = (name, classes, x, y, sizes)
+        monkeypatch.setattr(utils, "make_synthetic", lambda made=made: made)
         found.append(load("synthetic").fingerprint)
     assert len({*found}) == 4
     assert load("synthetic", "--num_training=9").fingerprint == found[-1]
 
 
-def test_synthetic_images_are_those_of_the_published_records():
-    _, images, labels, sizes = utils.draw_synthetic()
+def test_synthetic_images_are_the_same_on_every_machine():
+    _, _, images, labels, sizes = utils.make_synthetic()
     assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest().startswith(
         "d88a002f9ee85622fb71c4b28c557e1b")
-    assert sizes == (4500, 500, 1000)
+    assert sizes == {"train": 4500, "val": 500, "test": 1000}
 
 
-@pytest.mark.parametrize("form", ["{:03}.png", "IMG_20260704_{:06}.png"])
-def test_each_class_trains_and_validates_where_numbers_or_times_run_over_all(tmp_path, form):
-    counts = {"ant": 30, "bee": 18, "cat": 12}
+@pytest.fixture(params=["{:03}.png", "IMG_20260704_{:06}.png"])
+def insects(tmp_path, request):
+    """Photos of which half are ants, whose numbers or times run over all classes."""
+    counts = {"ant": 30, "bee": 18, "cicada": 12}
     write_photos(tmp_path, {f"{part}/{name}": count for part in ("train", "test")
                             for name, count in counts.items()})
     for i, path in enumerate(sorted(tmp_path.glob("train/*/*"))):
-        path.rename(path.with_name(form.format(i)))
-    few, data = load(tmp_path, "--num_training=20"), load(tmp_path)
-    for part in few.train, data.train, data.val, data.test:
-        share = torch.bincount(data.labels[part], minlength=3) / len(part)
-        assert share.tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.11)
+        path.rename(path.with_name(request.param.format(i)))
+    return tmp_path
+
+
+def test_each_class_trains_and_validates_whatever_the_files_are_called(insects):
+    data = load(insects)
+    for part in ("train", "val", "test"):
+        assert shares(data, part) == pytest.approx([0.5, 0.3, 0.2], abs=0.11)
+    assert min(shares(load(insects, "--num_training=3"), "train")) > 0
+
+
+def test_each_class_has_its_share_of_more_validation_images_than_a_tenth(insects):
+    data = load(insects, "--num_validation=10")
+    assert shares(data, "val") == pytest.approx([0.5, 0.3, 0.2], abs=0.11)
 
 
 def test_a_link_inside_a_class_is_not_followed_but_a_class_can_be_one(photos):
@@ -202,26 +240,81 @@ def test_a_link_inside_a_class_is_not_followed_but_a_class_can_be_one(photos):
     assert load(photos).fingerprint == before.fingerprint
 
 
-def test_what_systems_put_there_is_no_photo_and_no_class(photos, capsys):
+def add_copies(photos, *names):
+    """Put a copy of a photo at each of these places."""
+    for name in names:
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / "train/cat/000.png", photos / name)
+
+
+def test_what_systems_put_there_is_no_photo_and_no_class(photos):
     before = load(photos)
-    for name in ("train/@eaDir/x.png", "test/__MACOSX/x.png", "train/.ipynb_checkpoints/x.png",
-                 "train/cat/@eaDir/x.png", "test/dog/__MACOSX/._x.png", "train/cat/._000.png",
-                 "train/dog/.ipynb_checkpoints/x.png", "train/Thumbs.db", "test/dog/Thumbs.db",
-                 "train/dog/desktop.ini", "train/cat/.DS_Store"):
-        (photos / name).parent.mkdir(exist_ok=True)
-        (photos / name).write_bytes((photos / "train/cat/000.png").read_bytes())
+    add_copies(photos, "train/@eaDir/x.png", "test/__MACOSX/x.png", "train/cat/@eaDir/x.png",
+               "train/.ipynb_checkpoints/x.png", "test/dog/__MACOSX/._x.png", "train/cat/._000.png",
+               "train/dog/.ipynb_checkpoints/x.png", "train/Thumbs.db", "test/dog/Thumbs.db",
+               "train/dog/desktop.ini", "train/cat/.DS_Store")
     assert load(photos).fingerprint == before.fingerprint
-    assert capsys.readouterr().out == ""
-    (photos / "train/loose.png").touch()
-    assert load(photos).fingerprint == before.fingerprint
-    assert "loose.png" in capsys.readouterr().out
 
 
-def test_photos_in_val_validate_and_those_below_a_class_are_of_it(photos):
-    write_photos(photos, {"val/cat": 2, "val/dog": 1, "train/dog/at the lake": 3})
+def test_images_that_are_left_out_are_told_in_one_line_with_their_number_and_places(
+        photos, capsys):
+    before = load(photos)
+    add_copies(photos, "train/__MACOSX/cat/x.png", "train/cat/@eaDir/x.jpg", "train/dog/.x.png",
+               "more/cat/x.png", "more/cat/y.PNG", "train/loose.png")
+    (photos / "notes.txt").write_text("no image")
+    assert load(photos).fingerprint == before.fingerprint
+    line, = capsys.readouterr().out.splitlines()
+    assert re.search(r"\b6 images\b", line)
+    _, _, places = line.partition(", in ")
+    assert {*places.split(", ")} == {"train/__MACOSX/cat", "train/cat/@eaDir", "train/dog",
+                                     "more/cat", "train"}
+
+
+def test_a_link_to_a_file_that_is_gone_is_named(photos, capsys):
+    (photos / "train/dog/gone.png").symlink_to(photos / "nowhere.png")
+    try:
+        load(photos)
+        told = capsys.readouterr().out
+    except utils.UserError as error:
+        told = str(error)
+    assert re.search(r"train/dog\b", told)
+
+
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_photos_in_val_validate_and_those_below_a_class_are_of_it(photos, name):
+    write_photos(photos, {f"{name}/cat": 2, f"{name}/dog": 1, "train/dog/at the lake": 3})
     data = load(photos)
     assert (len(data.train), levels(data, "val")) == (27, [5, 15, 10])
     assert torch.bincount(data.labels[data.train]).tolist() == [12, 15]
+
+
+def test_classes_are_the_same_in_another_case_and_in_another_form_of_unicode(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "bär") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    write_photos(tmp_path, {"train/cat": 4, f"train/{composed}": 5, "val/CAT": 1,
+                            f"val/{decomposed.title()}": 2, "test/Cat": 3, f"test/{decomposed}": 2})
+    data = load(tmp_path)
+    assert data.classes == [composed, "cat"]
+    for part, counts in ("train", [5, 4]), ("val", [2, 1]), ("test", [2, 3]):
+        assert torch.bincount(data.labels[getattr(data, part)]).tolist() == counts
+
+
+def test_two_folders_that_differ_in_case_only_are_one_sentence(photos):
+    if (photos / "TRAIN").exists():
+        pytest.skip("this file system does not tell them apart")
+    add_copies(photos, "train/Cat/x.png")
+    with pytest.raises(utils.UserError, match=r"(?i)^.*train has two folders .*\bcat\b.*$"):
+        load(photos)
+
+
+def test_images_of_test_that_are_training_images_are_told_with_their_number(photos, capsys):
+    for name in ("000", "003"):
+        shutil.copy(photos / f"train/cat/{name}.png", photos / f"test/cat/again-{name}.png")
+    with Image.open(photos / "train/dog/001.png") as image:
+        image.save(photos / "test/dog/again.bmp")  # another file with the same pixels
+    load(photos)
+    line, = capsys.readouterr().out.splitlines()
+    assert re.search(r"^3 .*\btest images\b.*\btraining images\b", line)
 
 
 @pytest.mark.parametrize(("counts", "words"), [
@@ -234,9 +327,12 @@ def test_missing_classes_and_images_are_one_sentence(tmp_path, counts, words):
     write_photos(tmp_path / "photos", counts)
     for place in counts:
         (tmp_path / "photos" / place).mkdir(exist_ok=True)
-    with pytest.raises(utils.Problem, match=rf"^.*photos.*\b{words}\b.*$"):
+    with pytest.raises(utils.UserError, match=rf"^.*photos.*\b{words}\b.*$"):
         load(tmp_path / "photos")
-    with pytest.raises(utils.Problem, match="there is no folder .*~nouser/x"):
+
+
+def test_a_home_folder_that_is_not_there_is_named_as_it_was_written():
+    with pytest.raises(utils.UserError, match=r"there is no folder .*~nouser/x"):
         load("~nouser/x")
 
 
@@ -245,10 +341,10 @@ def test_damaged_files_are_named_all_at_once(photos):
     for name, size in zip(names, (0, 60, 8)):
         (photos / name).write_bytes((photos / name).read_bytes()[:size])
     (photos / "train/dog/notes.txt").write_text("no image")
-    with pytest.raises(utils.Problem) as problem:
+    with pytest.raises(utils.UserError) as error:
         load(photos)
-    assert all(str(photos / name) in str(problem.value) for name in (*names, "train/dog/notes.txt"))
-    assert str(problem.value).count(" (") == 4
+    assert all(str(photos / name) in str(error.value) for name in (*names, "train/dog/notes.txt"))
+    assert str(error.value).count(" (") == 4
 
 
 def test_two_folders_of_one_name_and_one_named_like_a_data_set_share_nothing(
@@ -272,8 +368,8 @@ def read(path):
     """The one image as the network gets it, or why it cannot be read."""
     try:
         return utils.read_image(path, 32)
-    except utils.Problem as problem:
-        return str(problem)
+    except utils.UserError as error:
+        return str(error)
 
 
 def saved(kind, **options):
@@ -353,7 +449,10 @@ DEEP = {"grey.png": png16(0, 1), "rgb.png": png16(2, 3), "grey and alpha.png": p
 @pytest.mark.parametrize("name", DEEP)
 def test_more_than_8_bits_are_refused(tmp_path, name):
     path = tmp_path / name
-    path.write_bytes(DEEP[name]) if DEEP[name] else new("I;16", color=4000).save(path)
+    if DEEP[name]:
+        path.write_bytes(DEEP[name])
+    else:
+        new("I;16", color=4000).save(path)
     Image.open(path).load()  # it is a picture
     assert read(path) == f"{path} (more than 8 bits a channel)"
 

@@ -2,22 +2,29 @@
 
 import json
 import re
+import shlex
 import shutil
 import statistics
 
 import pytest
+import torch
 from conftest import ROOT, parse
 
 import ex3_convnet
 import ex3_pretrained
 import utils
+from utils import Question, Row
 
-PUBLISHED = ROOT / "figures/published/cifar-10"
+PUBLISHED = ROOT / "figures/published"
+FOLDERS = sorted(str(path.parent.relative_to(PUBLISHED))
+                 for path in PUBLISHED.glob("*/*/README.md"))
 SCRIPTS = {"ex3_convnet": ex3_convnet, "ex3_pretrained": ex3_pretrained}
 
-
-def published(script="ex3_convnet"):
-    return [json.loads(path.read_text()) for path in (PUBLISHED / script / "records").iterdir()]
+def published(*titles):
+    """The convnet's records on CIFAR-10 with these titles (all without one), sorted by seed."""
+    paths = (PUBLISHED / "cifar-10/ex3_convnet/records").iterdir()
+    records = [json.loads(path.read_text()) for path in sorted(paths)]
+    return [record for record in records if not titles or record["title"] in titles]
 
 
 @pytest.fixture
@@ -35,41 +42,64 @@ def figures(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+def redraw(place, name):
+    """Draw the page of a published folder anew in another, from its records; its first line has the
+    flags. Returns its lines."""
+    data, script = name.split("/")
+    title, *lines = (PUBLISHED / name / "README.md").read_text(encoding="utf-8").splitlines()
+    questions = [line.split()[-1] for line in lines if line.startswith("## Question ")]
+    question = questions[0] if len(questions) == 1 else "all"
+    if not questions:
+        question = "none"
+    SCRIPTS[script].main([
+        "--results=published", f"--dataset={data.replace('-', '')}", "--redraw",
+        f"--question={question}", *shlex.split(title.partition(".py")[2])])
+    return (place / "published" / name / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
 def test_what_is_published_is_drawn_from_the_records_byte_by_byte(folder, name):
-    place = folder / "figures/published/cifar-10" / name
+    place = folder / "published" / name
     shutil.copytree(PUBLISHED / name, place)
     for path in place.glob("*.*"):
         if path.name != "figure_6_techniques.png":  # needs the images
             path.unlink()
-    SCRIPTS[name].main(["--results=figures/published", "--redraw"])
-    for path in (PUBLISHED / name).glob("*.*"):
-        assert (place / path.name).exists(), path.name
-        if path.suffix != ".png":
-            assert (place / path.name).read_bytes() == path.read_bytes(), path.name
+    lines = redraw(folder, name)
+    pictures = re.findall(r"!\[.*?\]\((.+?)\)", "\n".join(lines))
+    assert sorted(pictures) == sorted(path.name for path in place.glob("*.png"))
+    assert {path.name for path in (PUBLISHED / name).iterdir()} == {
+        "README.md", "results.csv", "records", *pictures}
+    for text in "README.md", "results.csv":
+        assert (place / text).read_bytes() == (PUBLISHED / name / text).read_bytes(), text
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_published_number_is_that_of_the_records_and_claims_are_sorted(name):
-    lines = (PUBLISHED / name / "README.md").read_text(encoding="utf-8").splitlines()
-    plan = utils.make_plan(parse("--redraw", script=SCRIPTS[name]), SCRIPTS[name].QUESTIONS)
-    for number, runs in utils.find_results(plan, published(name)).items():
-        question = SCRIPTS[name].QUESTIONS[number]
-        for row, _, *report in question.rows if question.columns else ():
-            cells = [row]
-            for key, theirs in zip(question.columns.values(), [*report, *[None] * 9]):
-                form, scale = (",.1f", 100) if "accuracy" in key else (",.0f", 1)
-                values = [scale * record["result"][key] for record in runs[row]
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_number_of_a_table_is_that_of_the_records(folder, no_figures, name):
+    """Means and standard deviations over the seeds to the last digit, and the report's numbers."""
+    shutil.copytree(PUBLISHED / name, folder / "published" / name)
+    lines, script = redraw(folder, name), SCRIPTS[name.split("/")[1]]
+    settings = parse(*shlex.split(lines[0].partition(".py")[2]), script=script)
+    records = utils.load_records(PUBLISHED / name / "records")
+    found = utils.find_results(settings, script.QUESTIONS, records, [])
+    for i in [i for i, line in enumerate(lines) if line.startswith("**Table")]:
+        number = re.findall("## Question (.+)", "\n".join(lines[:i]))[-1]
+        question = script.QUESTIONS[number]
+        table = [line.strip("| ").split(" | ") for line in lines[i + 4:i + 4 + len(found[number])]]
+        for (row, *cells, seeds), records in zip(table, found[number].values(), strict=True):
+            assert found[number][row] == records
+            assert int(seeds) == len(records)
+            report, = (known.report for known in question.rows if known.name == row)
+            for key, cell in zip(question.columns.values(), cells, strict=True):
+                scale, half_a_digit = (100, 0.0501) if "accuracy" in key else (1, 0.501)
+                values = [scale * record["result"][key] for record in records
                           if key in record["result"]]
-                cell = f"{statistics.mean(values):{form}}" if values else "–"
+                expected = [statistics.mean(values)] if values else []
                 if len(values) > 1 and key != "model_size":
-                    cell += f" ± {statistics.stdev(values):{form}}"
-                cells.append(cell + ("" if theirs is None else f" (report {theirs:,})"))
-            assert f"| {' | '.join(cells)} | {len(runs[row])} |" in lines
-    for part in "\n".join(lines).split("## Question")[1:]:
-        words = re.findall(r"^- . \*\*.*: (.*)\.\*\*", part, re.MULTILINE)
-        order = ["holds", "does not hold", "undecided", "too few seeds"]
-        assert words == sorted(words, key=order.index)
+                    expected.append(statistics.stdev(values))
+                if key in report and name.startswith("cifar-10"):
+                    expected.append(report[key])
+                numbers = [float(text) for text in re.findall(r"[\d.]+", cell.replace(",", ""))]
+                assert numbers == pytest.approx(expected, abs=half_a_digit)
 
 
 @pytest.mark.parametrize(("changes", "beside"), [
@@ -77,13 +107,14 @@ def test_every_published_number_is_that_of_the_records_and_claims_are_sorted(nam
     ({"fingerprint": "12"}, False)])
 def test_the_reports_numbers_stand_beside_full_cifar_10_only(folder, figures, changes, beside):
     place = folder / "figures/cifar-10/ex3_convnet"
-    for i, record in enumerate(published()):
+    (place / "records").mkdir(parents=True)
+    for i, record in enumerate(published("ConvNet", "ConvNet, batch norm")):
         record["identity"]["data"] |= changes
-        (place / "records").mkdir(parents=True, exist_ok=True)
         (place / "records" / f"{i}.json").write_text(json.dumps(record))
     ex3_convnet.main(["--redraw", "--question=2a"])
     page = (place / "README.md").read_text(encoding="utf-8")
-    assert [words in page for words in ("(report ", "same_numbers.png")] == [beside, beside]
+    words = ("(report ", "accuracies of the report", "Report: test 79.9")
+    assert [word in page for word in words] == [beside] * 3
     lines = [line for figure in figures for axis in figure.axes for line in axis.lines]
     assert ("D" in [line.get_marker() for line in lines]) == beside
 
@@ -93,22 +124,30 @@ def test_the_reports_numbers_stand_beside_full_cifar_10_only(folder, figures, ch
     (12, "holiday photos of 2019 to 2024, all cameras and all trips, {}")])
 def test_figures_grow_with_their_rows(folder, figures, monkeypatch, rows, name):
     """Whatever their names: one seed and epoch, several, early stopping, and no batch norm."""
-    titles = {"ConvNet, batch norm, rotation": 1, "ConvNet, batch norm": 3,
-              "ConvNet, early stopping": 2, "ConvNet, dropout 0.5": 1}
-    records = [{**record, "data": name.format("data")} for record in published()]
-    kinds = [[record for record in records if record["title"] == title][:seeds]
-             for title, seeds in titles.items()]
-    kinds[0][0]["history"] = {key: of[:1] for key, of in kinds[0][0]["history"].items()}
+    kinds = [published("ConvNet, batch norm, rotation")[:1], published("ConvNet, batch norm")[:3],
+             published("ConvNet, early stopping")[:2], published("ConvNet, dropout 0.5")[:1]]
+    for record in sum(kinds, []):
+        record.update(data=name.format("data"), note="none", pretrained="none", name="record")
+    first = kinds[0][0]
+    first["history"] = {key: values[:1] for key, values in first["history"].items()}
     runs = {name.format(i): kinds[i % 4] for i in range(rows)}
-    monkeypatch.setattr(ex3_convnet, "QUESTIONS", {
-        number: utils.Question("?", [(run, {}) for run in runs]) for number in ("2b", "3a", "3b")})
-    for number in ex3_convnet.QUESTIONS:
-        ex3_convnet.draw(number, runs, None, folder, None)
-    utils.plot_learning_curves(runs, name.format("title"), folder / "curves.png")
-    claims = [utils.Claim("3a", f"{run} is better", run, [10.0], above=0) for run in runs]
-    utils.plot_conclusions([(claim, utils.judge(claim, {"3a": runs})) for claim in claims],
-                           folder / "conclusions.png", False)
-    assert len(figures) == 5
+    questions = {number: Question("?", [Row(run, {}) for run in runs])
+                 for number in ("2b", "3a", "3b")}
+    monkeypatch.setattr(ex3_convnet, "QUESTIONS", questions)
+    experiments = [utils.Experiment(records, run) for run, records in runs.items()]
+    claims = [utils.Claim("3a", f"{run} is better", (run, "test_accuracy"), [], constant=10.0,
+                          above=0) for run in runs]
+    verdicts = [utils.judge(claim, {"3a": runs}) for claim in claims]
+    failed = []
+    with utils.drawing(failed):
+        for number in questions:
+            ex3_convnet.draw(number, runs, folder, None)
+        utils.plot_learning_curves(runs, name.format("title"), folder)
+        utils.plot_runs(experiments, folder, "script")
+        utils.plot_summary({run: ("3a", run) for run in runs}, questions, {"3a": runs}, folder)
+        utils.plot_conclusions(verdicts, folder, with_report=False)
+    assert failed == []
+    assert len(figures) == (6 if rows == 1 else 7)  # one row is no summary
     for axis in (axis for figure in figures for axis in figure.axes):
         box, (width, height) = axis.get_window_extent(), axis.figure.bbox.size
         assert 0 <= box.x0 <= box.x0 + 50 < box.x1 <= width
@@ -117,10 +156,33 @@ def test_figures_grow_with_their_rows(folder, figures, monkeypatch, rows, name):
 
 @pytest.mark.parametrize(("classes", "texts"), [(2, 4), (10, 100), (20, 0)])
 def test_a_matrix_of_many_classes_has_no_numbers(folder, figures, classes, texts):
-    record = {**published()[0], "classes": [f"class {i}" for i in range(classes)],
+    record = {**published()[0], "classes": [f"class {i}" for i in range(classes)], "mistakes": [],
               "confusion": [[3] * classes, *[[0] * classes] * (classes - 1)]}
-    utils.plot_confusion(record, folder / "classes.png", "title")
+    utils.plot_classes([record], folder / "classes.png", "title")
     axis, = figures[0].axes
     assert len(axis.get_xticklabels()) == (classes if texts else 0)
     shown = [text.get_text() for text in axis.texts]
-    assert shown == [*[f"{100 / classes:.0f}"] * classes, *["0"] * (classes**2 - classes)][:texts]
+    expected = [f"{100 / classes:.0f}"] * classes + ["0"] * (classes**2 - classes)
+    assert shown == expected[:texts]
+
+
+def test_beside_the_matrix_stand_the_mistakes(folder, few, figures, small_convnet):
+    """Each picture is a test image that the network in the checkpoint takes for another class."""
+    argv = ["--dataset=synthetic", "--num_epochs=1", "--device=cpu", "--precision=float32"]
+    ex3_convnet.main(argv)
+    path, = folder.rglob("*.ckpt")
+    model = ex3_convnet.build_model(parse(*argv), 10).eval()
+    model.load_state_dict(utils.load_checkpoint(path)["model"])
+    name, classes, images, labels, sizes = utils.make_synthetic()
+    figure = next(figure for figure in figures if "mistakes" in figure.get_suptitle())
+    for axis in figure.axes[1:]:
+        pixels = axis.images[0].get_array()
+        index, = (images == pixels).all((1, 2, 3)).nonzero()[0]
+        assert index >= sizes["train"] + sizes["val"]
+        logits = model(torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1)
+        probability, predicted = logits.softmax(1).max(1)
+        assert predicted != labels[index]
+        words, _, percent = axis.get_title().rpartition(" with ")
+        assert words == f"{classes[labels[index]]}, taken for\n{classes[predicted]}"
+        assert float(percent.strip("%")) == pytest.approx(100 * probability.item(), abs=0.06)
+    assert len(figure.axes) == 9

@@ -1,11 +1,12 @@
 """Prediction: a named checkpoint classifies images exactly as its network does, or says why not."""
 
 import re
+import shlex
 import shutil
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, write_photos
 from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
@@ -14,19 +15,29 @@ import ex3_convnet
 import ex3_pretrained
 import utils
 
+TRAIN = ["--norm_flag", "--num_epochs=8", "--batch_size=4", "--learning_rate=0.01",
+         "--precision=float32"]
+ACCURACY = r"^In folders named after classes: ([\d,]+) of ([\d,]+) images? right, ([\d.]+)%$"
+
 
 @pytest.fixture
 def checkpoint(small, photos, capsys, monkeypatch):
-    """The --checkpoint flag that a run on the photos prints at its end, in the project's folder."""
-    ex3_convnet.main([f"--dataset={photos}", "--norm_flag", "--image_size=40", "--num_epochs=8",
-                      "--batch_size=4", "--learning_rate=0.01", "--precision=float32"])
-    monkeypatch.chdir(small)
-    return re.search(r"--predict=FOLDER (--checkpoint=\S+)\n$", capsys.readouterr().out)[1]
+    """The --checkpoint flag that a run on the photos prints, as a shell reads it. A folder in its
+    path has a space in its name."""
+    monkeypatch.setattr(utils, "FOLDER", small / "my project")
+    ex3_convnet.main([f"--dataset={photos}", "--image_size=40", *TRAIN])
+    found = re.search(r"--predict=FOLDER --checkpoint=.*$", capsys.readouterr().out, re.MULTILINE)
+    _, flag = shlex.split(found[0])
+    return flag
+
+
+def file_of(checkpoint):
+    return checkpoint.removeprefix("--checkpoint=")
 
 
 def forward(checkpoint, paths):
     """(class, probability) of each image, by the network alone."""
-    state = torch.load(checkpoint.split("=")[1], weights_only=True)
+    state = torch.load(file_of(checkpoint), weights_only=True)
     model = ex3_convnet.ConvNet(norm_flag=True, num_classes=2, image_size=40).eval()
     model.load_state_dict(state["model"])
     images = torch.stack([pil_to_tensor(Image.open(path).resize((40, 40))) for path in paths])
@@ -34,35 +45,86 @@ def forward(checkpoint, paths):
     return [(("cat", "dog")[label], p) for label, p in zip(found.indices, found.values.tolist())]
 
 
-def test_classes_probabilities_and_accuracy_are_those_of_the_network(
+def accuracy_in(output):
+    """How many images are said to be recognized, of how many, and the percentage."""
+    right, count, percent = re.search(ACCURACY, output, re.MULTILINE).groups()
+    return int(right), int(count), float(percent)
+
+
+def test_classes_and_probabilities_are_those_of_the_network(
         checkpoint, photos, capsys, monkeypatch):
-    for old, new in ("cat", "dog/at the lake/cat.png"), ("dog", "cat/x.png"), ("dog", "x/x.png"):
-        (photos / "train" / new).parent.mkdir(exist_ok=True)
-        shutil.copy(photos / "train" / old / "003.png", photos / "train" / new)
     paths = sorted((photos / "train").rglob("*.png"))
     expected = forward(checkpoint, paths)
     assert {label for label, _ in expected} == {"cat", "dog"}
     monkeypatch.setattr(ex3_convnet, "MEAN", (0.1, 0.2, 0.3))  # that of the training counts
     ex3_convnet.main(["--image_size=64", checkpoint, f"--predict={photos / 'train'}"])
-    *lines, summary = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr().out
+    *lines, _ = output.splitlines()
     found = [re.fullmatch(r"(.*): (\w+) (.*)%", line).groups() for line in lines]
     assert [(name, label) for name, label, _ in found] == [
         (str(path.relative_to(photos)), label) for path, (label, _) in zip(paths, expected)]
     assert [float(percent) / 100 for *_, percent in found] == (
         pytest.approx([probability for _, probability in expected], abs=0.0011))
-    right = sum(label in path.parts for (label, _), path in zip(expected, paths))
-    assert summary == f"As their folder is named: {right} of 26, {right / 26:.1%}"
+    right = sum(label == path.parent.name for (label, _), path in zip(expected, paths))
+    assert accuracy_in(output) == (right, 24, pytest.approx(100 * right / 24, abs=0.051))
 
 
-def test_the_folder_itself_can_be_named_after_a_class_and_a_single_file_has_no_accuracy(
-        checkpoint, photos, capsys):
+def as_it_is(photos):
+    pass
+
+
+def link(photos):
+    (photos / "test/dog").rename(photos.parent / "dogs")
+    (photos / "test/dog").symlink_to(photos.parent / "dogs")
+
+
+def nest(photos):  # below a class, a folder that is named like another one
+    shutil.copytree(photos / "train/dog", photos / "test/cat/dog")
+
+
+def change_case(photos):
+    (photos / "train/dog").rename(photos / "train/other")
+    (photos / "train/other").rename(photos / "train/DOG")
+
+
+@pytest.mark.parametrize("change", [as_it_is, link, nest, change_case])
+def test_on_the_test_folder_of_a_training_run_the_accuracy_is_that_of_the_run(
+        small, photos, capsys, change):
+    for name in ("000", "001", "002"):  # which are recognized
+        shutil.copy(photos / f"train/cat/{name}.png", photos / f"test/cat/again{name}.png")
+    change(photos)
+    record, = ex3_convnet.main([f"--dataset={photos}", *TRAIN])
+    file, = small.glob("checkpoints/*/*.ckpt")
+    capsys.readouterr()
+    ex3_convnet.main([f"--checkpoint={file}", f"--predict={photos / 'test'}"])
+    right, count, percent = accuracy_in(capsys.readouterr().out)
+    assert count == record["identity"]["data"]["test"]
+    assert right / count == record["result"]["test_accuracy"]
+    assert percent == pytest.approx(100 * record["result"]["test_accuracy"], abs=0.051)
+
+
+def test_images_in_folders_of_no_class_are_counted_and_told(checkpoint, photos, capsys):
+    write_photos(photos, {"test/bird": 3, "test/fish/at the lake": 2})
+    ex3_convnet.main([checkpoint, f"--predict={photos / 'test'}"])
+    output = capsys.readouterr().out
+    _, count, _ = accuracy_in(output)
+    assert count == 8
+    last = output.splitlines()[-1]
+    assert last == "In folders of no class: 5 of 13; the classes are cat, dog"
+
+
+def test_the_folder_itself_can_be_named_after_a_class(checkpoint, photos, capsys):
     found = forward(checkpoint, sorted((photos / "train/dog").iterdir()))
     right = [label for label, _ in found].count("dog")
     ex3_convnet.main([checkpoint, f"--predict={photos / 'train/dog'}"])
-    assert capsys.readouterr().out.endswith(f"named: {right} of 12, {right / 12:.1%}\n")
+    assert accuracy_in(capsys.readouterr().out)[:2] == (right, 12)
+
+
+def test_a_single_file_is_one_line(checkpoint, photos, capsys):
+    (label, _), = forward(checkpoint, [photos / "train/dog/000.png"])
     ex3_convnet.main([checkpoint, f"--predict={photos / 'train/dog/000.png'}"])
     line, = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"000.png: {found[0][0]} ")
+    assert line.startswith(f"000.png: {label} ")
 
 
 def test_files_that_cannot_be_read_are_named_the_others_classified_and_the_exit_code_is_1(
@@ -70,7 +132,8 @@ def test_files_that_cannot_be_read_are_named_the_others_classified_and_the_exit_
     ex3_convnet.main([checkpoint, f"--predict={photos / 'test/cat'}"])
     before = capsys.readouterr().out.splitlines()
     bad = [photos / "test/cat/000.png", photos / "test/cat/notes.txt"]
-    [path.write_bytes(b"no image") for path in bad]
+    for path in bad:
+        path.write_bytes(b"no image")
     with pytest.raises(SystemExit) as end:
         utils.run_script(lambda: ex3_convnet.main([checkpoint, f"--predict={photos / 'test/cat'}"]))
     output = capsys.readouterr()
@@ -78,42 +141,52 @@ def test_files_that_cannot_be_read_are_named_the_others_classified_and_the_exit_
     assert [str(path) in output.err for path in bad] + [output.err.count("\n")] == [True, True, 1]
 
 
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_where_there_is_nothing_to_classify_the_place_is_named(checkpoint, photos, name):
+    (photos / "empty").mkdir()
+    with pytest.raises(utils.UserError, match=str(photos / name)):
+        ex3_convnet.main([checkpoint, f"--predict={photos / name}"])
+
+
 def test_a_network_that_is_not_the_trained_one_is_refused(
         checkpoint, photos, tiny_vgg, monkeypatch):
-    def edited(flags, classes, build=ex3_convnet.build):
-        model = build(flags, classes)
+    build_model = ex3_convnet.build_model
+
+    def edited(settings, num_classes):
+        model = build_model(settings, num_classes)
         model.layers[3] = nn.GELU()  # the weights would fit
         return model
 
-    monkeypatch.setattr(ex3_convnet, "build", edited)
+    monkeypatch.setattr(ex3_convnet, "build_model", edited)
     for script in ex3_convnet, ex3_pretrained:
-        with pytest.raises(utils.Problem, match=rf"of the network that {script.__name__}\.py"):
+        with pytest.raises(utils.UserError, match=rf"of the network that {script.__name__}\.py"):
             script.main([checkpoint, f"--predict={photos}"])
 
 
 @pytest.mark.parametrize("damage", [
     lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:9000]),
     lambda path: path.write_bytes(b"nonsense"), lambda path: torch.save([1], path),
-    lambda path: torch.save({"model": {}}, path)])
+    lambda path: torch.save({"model": {}}, path), lambda path: torch.save(nn.ReLU(), path)])
 def test_a_file_that_is_no_whole_checkpoint_is_named(checkpoint, photos, damage):
-    name = checkpoint.split("=")[1]
-    damage(photos.parent / name)
-    with pytest.raises(utils.Problem, match=f"^{name} is "):
+    file, = photos.parent.glob("my project/checkpoints/*/*.ckpt")
+    damage(file)
+    with pytest.raises(utils.UserError, match=re.escape(str(file))):
         ex3_convnet.main([checkpoint, f"--predict={photos}"])
 
 
 def test_of_a_frozen_network_both_checkpoints_are_whole(small, weights_file, photos, capsys):
     ex3_pretrained.main([*TINY, f"--pretrained={weights_file}", "--fine_tune=False"])
     best, = small.glob("checkpoints/*/best_model_part_4a.ckpt")
-    assert capsys.readouterr().out.endswith(f"--checkpoint={best}\n")
+    assert f"--checkpoint={best}\n" in capsys.readouterr().out
     for path in best, best.with_name("latest_model_part_4a.ckpt"):
         ex3_pretrained.main([f"--checkpoint={path}", f"--predict={photos / 'test'}"])
-        assert len(capsys.readouterr().out.splitlines()) == 8
+        lines = capsys.readouterr().out.splitlines()
+        assert len([line for line in lines if line.startswith("test/") and "%" in line]) == 8
 
 
 @pytest.mark.parametrize("script", [ex3_convnet, ex3_pretrained])
 @pytest.mark.parametrize("flag", ["--checkpoint=x.ckpt", "--predict=photos"])
 def test_one_of_the_two_flags_is_too_few(folder, script, flag):
-    with pytest.raises(utils.Problem, match="--checkpoint=.*--predict=") as problem:
+    with pytest.raises(utils.UserError, match=r"--checkpoint=.*--predict=") as error:
         script.main([flag])
-    assert problem.value.status == 2
+    assert error.value.exit_code == 2

@@ -1,6 +1,7 @@
 """VGG11-BN: the network, weights of all kinds, freezing, features that are computed once."""
 
 import hashlib
+import shutil
 
 import pytest
 import torch
@@ -46,17 +47,31 @@ def test_the_network_is_torchvisions_features_and_a_head(tmp_path):
     ([], ((3 * 512)**-0.5, (3 * 256)**-0.5), True)])  # PyTorch's: uniform up to inputs**-0.5
 def test_initial_weights_of_the_head(tiny_vgg, argv, deviations, bias):
     torch.manual_seed(0)
-    model = ex3_pretrained.build(parse(*argv, script=ex3_pretrained), 10)
+    model = ex3_pretrained.build_model(parse(*argv, script=ex3_pretrained), 10)
     for layer, deviation in zip((model.head[0], model.head[3]), deviations):
         assert layer.weight.std().item() == pytest.approx(deviation, rel=0.05)
         assert layer.bias.any() == bias
 
 
-@pytest.mark.parametrize("change", [
-    lambda state: {**state, "classifier.0.weight": torch.zeros(3)},  # as torchvision's
-    lambda state: state,  # features.* only
-    lambda state: {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
-    lambda state: {"model": {**state, "head.0.bias": torch.zeros(256)}, "epoch": 3}])
+def features_only(state):
+    return state
+
+
+def with_torchvisions_classifier(state):
+    return {**state, "classifier.0.weight": torch.zeros(3)}
+
+
+def in_float16(state):
+    return {name: value.half() if value.is_floating_point() else value
+            for name, value in state.items()}
+
+
+def as_a_checkpoint(state):
+    return {"model": {**state, "head.0.bias": torch.zeros(256)}, "epoch": 3}
+
+
+@pytest.mark.parametrize(
+    "change", [features_only, with_torchvisions_classifier, in_float16, as_a_checkpoint])
 def test_weights_of_all_kinds_are_loaded_and_known_by_their_hash(tiny_vgg, tmp_path, change):
     stored, path, model = change(random_weights(tiny_features())), tmp_path / "weights.pth", VGG()
     torch.save(stored, path)
@@ -82,29 +97,43 @@ def test_a_run_from_scratch_on_photos_is_a_start_for_the_next(small, tiny_vgg, p
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"no weights", b"PK\x03\x04 half", None, [1, 2], torch.zeros(3), {}, {"model": 3},
-    {0: torch.zeros(3)}, lambda state: {**state, "features.0.weight": torch.zeros(3)},
-    lambda state: {**state, "features.0.weight": 3},
-    lambda state: {**state, "features.9.weight": torch.zeros(3)},
-    lambda state: {k: v for k, v in state.items() if k != "features.4.weight"},
-    lambda state: {k: v for k, v in state.items() if k != "features.1.running_mean"}])
-def test_what_has_no_such_weights_is_named_in_one_sentence(tiny_vgg, tmp_path, content):
+    None, b"", b"no weights", b"PK\x03\x04 half", [1, 2], torch.zeros(3), {}, {"model": 3},
+    {0: torch.zeros(3)}])
+def test_what_has_no_weights_is_named_in_one_sentence(tiny_vgg, tmp_path, content):
     path = tmp_path / "weights.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
-        torch.save(content(random_weights(tiny_features())) if callable(content) else content, path)
-    with pytest.raises(utils.Problem, match=r"weights\.pth") as problem:
+        torch.save(content, path)
+    with pytest.raises(utils.UserError, match=r"^[^\n]*weights\.pth[^\n]*$") as error:
         load_features(VGG(), str(path))
-    assert (problem.value.status, str(problem.value).count("\n")) == (1, 0)
+    assert error.value.exit_code == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("features.0.weight", torch.zeros(3)), ("features.0.weight", 3), ("features.0.weight", None),
+    ("features.1.running_mean", None), ("features.9.weight", torch.zeros(3))])
+def test_weights_of_another_network_are_named_in_one_sentence(tiny_vgg, weights_file, name, value):
+    """One has another shape or type, is missing, or is one too many."""
+    state = utils.load_checkpoint(weights_file)
+    state[name] = value
+    if value is None:
+        del state[name]
+    torch.save(state, weights_file)
+    with pytest.raises(utils.UserError, match=r"^[^\n]*weights\.pth lacks the features[^\n]*$"):
+        load_features(VGG(), str(weights_file))
 
 
 def test_imagenet_is_torchvisions_file_whose_hash_is_checked(small, tiny_vgg, monkeypatch):
-    asked, state = [], random_weights(tiny_features())
-    monkeypatch.setattr(VGG11_BN_Weights, "get_state_dict", lambda weights, **options: asked.append(
-        (weights, options["check_hash"])) or state)
+    state = random_weights(tiny_features())
+
+    def get_state_dict(weights, check_hash, **_):
+        assert weights == VGG11_BN_Weights.IMAGENET1K_V1
+        assert check_hash
+        return state
+
+    monkeypatch.setattr(VGG11_BN_Weights, "get_state_dict", get_state_dict)
     record, = ex3_pretrained.main([*TINY, FROZEN])
-    assert asked == [(VGG11_BN_Weights.IMAGENET1K_V1, True)]
     assert (record["pretrained"], record["identity"]["weights"]) == ("imagenet", "6002323d")
     best = next(iter(checkpoints_in(small).values()))["model"]
     assert all(torch.equal(best[name], value) for name, value in state.items())
@@ -122,46 +151,58 @@ def test_without_the_imagenet_weights_one_sentence_names_the_ways_on(
     if cached:
         path.parent.mkdir(parents=True)
         path.write_bytes(cached)
-    with pytest.raises(utils.Problem) as problem:
+    with pytest.raises(utils.UserError) as error:
         ex3_pretrained.main(TINY)
-    assert problem.value.status == 1
-    for words in (path.name, str(path.parent), "--pretrained=PATH", "--pretrained=none",
-                  "" if cached else "no network"):
-        assert words in str(problem.value)
+    assert error.value.exit_code == 1
+    for words in path.name, str(path.parent), "--pretrained=PATH", "--pretrained=none":
+        assert words in str(error.value)
+    assert ("no network" in str(error.value)) == (cached is None)
 
 
 def test_frozen_random_features_are_refused(small, capsys):
-    with pytest.raises(utils.Problem, match="random features") as problem:
+    with pytest.raises(utils.UserError, match="random features") as error:
         ex3_pretrained.main([*TINY, "--pretrained=none", FROZEN])
-    assert (problem.value.status, capsys.readouterr().out) == (2, "")
+    assert (error.value.exit_code, capsys.readouterr().out) == (2, "")
 
 
-@pytest.mark.parametrize(("argv", "learn", "moves"), [
-    ([FROZEN], 6, lambda name: False),  # from features that are computed once,
-    ([FROZEN, "--augmentation=rotation"], 6, lambda name: False),  # and anew
-    ([FROZEN, "--frozen_norm=train"], 6, lambda name: "running" in name or "num_batches" in name),
-    ([], 6 + 8, lambda name: True)])
+@pytest.mark.parametrize(("argv", "learn", "moving"), [
+    ([FROZEN], 6, []),  # from features that are computed once,
+    ([FROZEN, "--augmentation=rotation"], 6, []),  # and anew
+    ([FROZEN, "--frozen_norm=train"], 6, ["running_mean", "running_var", "num_batches_tracked"]),
+    ([], 6 + 8, ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"])])
 def test_what_is_frozen_stays_to_the_bit_and_out_of_the_optimizer(
-        run, small, weights_file, argv, learn, moves):
+        run, small, weights_file, argv, learn, moving):
     _, state = run(*argv)
     for name, value in utils.load_checkpoint(weights_file).items():
-        assert torch.equal(state[name], value) != moves(name), name
+        moved = not torch.equal(state[name], value)
+        assert moved == (name.split(".")[-1] in moving), name
     assert state["head.1.num_batches_tracked"] > 0
     *_, latest = checkpoints_in(small).values()
     assert len(latest["optimizer"]["param_groups"][0]["params"]) == learn
 
 
-@pytest.mark.parametrize(("augmentation", "shapes"), [
-    ("none", [(1, 180, 512)]), ("horizontal_flip", [(2, 180, 512)]), ("rotation", [])])
-def test_features_computed_once_give_the_same_numbers(run, monkeypatch, augmentation, shapes):
-    argv = [FROZEN, f"--augmentation={augmentation}", "--num_epochs=4"]
-    extract, made = ex3_pretrained.extract_features, []
-    monkeypatch.setattr(ex3_pretrained, "extract_features",
-                        lambda *arguments: made.append(extract(*arguments)) or made[-1])
-    once, _ = run(*argv)
-    monkeypatch.setattr(ex3_pretrained, "extract_features", lambda model, data, *_: data)
-    plain, _ = run(*argv)
-    assert [data.features.shape for data in made] == shapes
-    assert once["result"] == pytest.approx(plain["result"], abs=1e-6)
-    for name in plain["history"].keys() - {"seconds"}:
+@pytest.mark.parametrize("augmentation", ["none", "horizontal_flip"])
+def test_features_computed_once_give_the_same_numbers_as_in_every_epoch(
+        run, monkeypatch, augmentation):
+    """A technique that changes nothing is one for which they are computed in every epoch."""
+    monkeypatch.setitem(utils.AUGMENTATIONS, "nothing", lambda images, generator: images)
+    argv = [FROZEN, "--earlystop=False", "--num_epochs=9", "--learning_rate=0.01"]
+    once, once_state = run(*argv, f"--augmentation={augmentation}")
+    shutil.rmtree(utils.FOLDER / "checkpoints")
+    anew = "nothing" if augmentation == "none" else f"{augmentation}+nothing"
+    plain, plain_state = run(*argv, f"--augmentation={anew}")
+    for name in once["history"].keys() - {"seconds"}:
         assert once["history"][name] == pytest.approx(plain["history"][name], rel=1e-4), name
+    for name in once["result"]:
+        assert once["result"][name] == pytest.approx(plain["result"][name], abs=1e-6), name
+    assert once["confusion"] == plain["confusion"]
+    torch.testing.assert_close(once_state, plain_state, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [["--batch_size=1"], ["--num_training=1"]])
+@pytest.mark.parametrize("network", [[], [FROZEN], [FROZEN, "--frozen_norm=train"]])
+def test_the_head_cannot_train_on_a_single_image_which_one_sentence_says(run, flags, network):
+    with pytest.raises(utils.UserError, match="^batch norm cannot .* single image") as error:
+        run(*flags, *network)
+    assert error.value.exit_code == 1
+    assert "\n" not in str(error.value)

@@ -8,6 +8,7 @@ import shutil
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
+import matplotlib
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, records_in
@@ -19,13 +20,14 @@ import utils
 
 TWO_A = [*ARGV, "--question=2a"]
 LINE = " ".join(ARGV)
+RECORDED = "recorded already"
 
 # runs command lines on few images, each as Python runs a script, and edits it first by "old=>new|"
 DRIVER = """
 import pathlib, runpy, sys
 import utils
-drawn = utils.draw_synthetic(80, 100)
-utils.draw_synthetic = lambda: (*drawn[:3], (60, 20, 100))
+*made, _ = utils.make_synthetic(80, 100)
+utils.make_synthetic = lambda: (*made, {"train": 60, "val": 20, "test": 100})
 for command in sys.argv[1:]:
     *edits, command = command.split("|")
     sys.argv = command.split()
@@ -49,12 +51,9 @@ def files_in(folder):
     return {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
 
 
-@pytest.fixture
-def trainings(monkeypatch):
-    """A list that grows by each epoch that is trained."""
-    epochs, seed_epoch = [], utils.seed_epoch
-    monkeypatch.setattr(utils, "seed_epoch", lambda *of: (epochs.append(of), seed_epoch(*of))[1])
-    return epochs
+def epochs_in(output):
+    """How many epochs were trained, by what was printed."""
+    return len(re.findall(r"^epoch +\d+/", output, re.MULTILINE))
 
 
 def test_plain_things_leave_each_their_own_results_and_nothing_that_git_sees(project):
@@ -68,23 +67,41 @@ def test_plain_things_leave_each_their_own_results_and_nothing_that_git_sees(pro
         f"rate = .01=>rate = 0.1|ex3_convnet.py {LINE}",
         f"{'=>'.join(GELU)}|mine.py {LINE} --question=2a", f"ex3_convnet.py {LINE} --question=2a",
         "ex3_convnet.py --redraw", f"ex3_pretrained.py {LINE} --redraw",
-        "ex3_convnet.py --redraw --results=figures/published --reg=0.3")
+        "ex3_convnet.py --redraw --question=all --results=figures/published --reg=0.3")
     assert "Traceback" not in done.stderr, done.stderr
     assert re.findall("exit code (.*)", done.stdout) == [*9 * "0", *3 * "1"]
-    assert [line[-18:] for line in done.stderr.splitlines()] == 3 * ["has these settings"]
+    assert [bool(re.search(r"\.py: .*no records? in .*figures", line))
+            for line in done.stderr.splitlines()] == [True, True, True]
     assert project.status().split() == ["M", "ex3_convnet.py", "??", "mine.py"]
     place, own = (project.folder / "figures/synthetic-60" / of for of in ("ex3_convnet", "mine"))
     assert sorted((row["seed"], row["learning_rate"], row["norm_flag"],
                    row["commit"].endswith("-dirty")) for row in rows_of(place)) == [
-        ("0", "0.0005", "True", False), ("0", "0.002", "", False), ("0", "0.01", "", True),
-        ("0", "0.1", "", True), ("0", "0.1", "True", True), ("3", "0.001", "", False),
-        ("3", "0.01", "", False), ("3", "0.1", "", False)]
+        ("0", "0.0005", "True", False), ("0", "0.002", "False", False),
+        ("0", "0.01", "False", True), ("0", "0.1", "False", True), ("0", "0.1", "True", True),
+        ("3", "0.001", "False", False), ("3", "0.01", "False", False), ("3", "0.1", "False", False)]
     for kind in "curves", "filters", "classes":
         assert len([*place.glob(f"*_{kind}.png")]) == 7
     for folder, script, records in (place, "ex3_convnet", 8), (own, "mine", 2):
         assert f"{script}.py" in (folder / "README.md").read_text(encoding="utf-8")
         assert (folder / "figure_3_4.png").exists()
         assert len([*folder.glob("records/*")]) == len(rows_of(folder)) == records
+
+
+def test_single_runs_stand_in_one_table_with_figures_of_the_last(
+        folder, few, small_convnet, capsys):
+    """Several seeds of one experiment have one set of figures."""
+    ex3_convnet.main([*ARGV, "--dropout=0.3"])
+    first = {path.name for path in folder.glob("figures/*/*/*.png")}
+    capsys.readouterr()
+    assert len(ex3_convnet.main([*ARGV, "--norm_flag", "--seeds=3"])) == 3
+    second = {path.name for path in folder.glob("figures/*/*/*.png")} - first
+    for names in first - {"runs.png"}, second:
+        assert sorted(name.split("_")[-1] for name in names) == [
+            "classes.png", "curves.png", "filters.png"]
+    for text in capsys.readouterr().out, page(folder):
+        rows = re.findall(r"^(?:\| )?(dropout .*?|norm_flag .*?)[ |]{2,}(\d) ", text, re.MULTILINE)
+        assert rows == [("dropout 0.3", "1"), ("norm_flag True", "3")]
+    assert {*re.findall(r"\((.*?\.png)\)", page(folder))} == {"runs.png", *second}
 
 
 def test_torchrun_shares_the_runs_of_a_question(project, photos, monkeypatch, capsys):
@@ -98,7 +115,7 @@ def test_torchrun_shares_the_runs_of_a_question(project, photos, monkeypatch, ca
     assert len(records_in(project.folder)) == 4
     assert [done.stdout.count(of) for of in ("Run 1 of 2", "Run 2 of 2", "--redraw")] == [2, 2, 2]
     for title in "ConvNet, seed", "ConvNet, batch norm, seed":
-        assert [done.stdout.count(f": {title} {i}\n") for i in range(3)] == [1, 1, 0]
+        assert [done.stdout.count(f"{title} {i}: ") for i in range(3)] == [1, 1, 0]
     monkeypatch.setattr(utils, "FOLDER", project.folder)
     monkeypatch.setattr(ex3_convnet, "CHANNELS", (8, 8, 8, 8, 8))
     (missing := next(place.glob("records/convnet_*_seed1*"))).unlink()
@@ -107,74 +124,125 @@ def test_torchrun_shares_the_runs_of_a_question(project, photos, monkeypatch, ca
         monkeypatch.setenv("RANK", str(rank))
         assert ex3_convnet.main(argv) == []
     assert missing.exists()
-    assert capsys.readouterr().out.count("recorded already") == 3
+    assert capsys.readouterr().out.count(RECORDED) == 3
     monkeypatch.delenv("WORLD_SIZE")
     assert len(ex3_convnet.main([*argv, "--redraw"])) == 4
     assert (place / "figure_3_4.png").exists()
 
 
+@pytest.mark.parametrize("variables", [
+    {"RANK": "1"}, {"RANK": ""}, {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""},
+    {"RANK": "1", "WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}])
+def test_variables_that_do_not_tell_a_process_its_share_change_nothing(
+        small, monkeypatch, variables):
+    """As a container or a batch system may leave them behind."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert len(ex3_convnet.main(TWO_A)) == 2
+    assert (small / "figures/synthetic-60/ex3_convnet/README.md").exists()
+
+
 def test_a_question_trains_though_its_results_are_published(
-        small_convnet, no_figures, folder, monkeypatch, trainings):
+        small_convnet, no_figures, folder, monkeypatch, capsys):
     """On the images of CIFAR-10 (here others in their place)."""
     shutil.copytree(ROOT / "figures/published", folder / "figures/published")
     before = files_in(folder)
-    drawn = utils.draw_synthetic(num_train=80, num_test=100)
-    monkeypatch.setattr(utils, "load_cifar10", lambda _: drawn[1:3])
-    monkeypatch.setattr(utils, "CIFAR10_SIZES", (60, 20, 100))
-    digest = hashlib.sha256(drawn[1].tobytes() + drawn[2].tobytes()).hexdigest()
+    _, _, images, labels, _ = utils.make_synthetic(num_train=80, num_test=100)
+    monkeypatch.setattr(utils, "read_cifar10", lambda _: (images, labels))
+    monkeypatch.setattr(utils, "CIFAR10_SIZES", {"train": 60, "val": 20, "test": 100})
+    digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     monkeypatch.setattr(utils, "CIFAR10_FINGERPRINT", digest[:16])
     shown = ex3_convnet.main(["--question=2a", "--num_epochs=1", "--precision=float32"])
-    assert len(shown) == len(trainings) == 2
+    assert len(shown) == epochs_in(capsys.readouterr().out) == 2
     assert len([*folder.glob("figures/cifar-10/ex3_convnet/records/*")]) == 2
     assert before.items() <= files_in(folder).items()
 
 
-def test_what_is_recorded_is_skipped_and_run_again_only_on_demand(small, trainings, capsys):
+def test_what_is_recorded_is_skipped_and_run_again_only_on_demand(small, capsys):
     ex3_convnet.main([*TWO_A, "--seeds=2"])
     first = files_in(next(small.glob("figures/*/*/records")))
     assert sorted(path.name[-10:] for path in first) == 2 * ["seed0.json"] + 2 * ["seed1.json"]
-    assert len(trainings) == 4
-    capsys.readouterr()
+    assert epochs_in(capsys.readouterr().out) == 4
     assert len(ex3_convnet.main([*TWO_A, "--seeds=3"])) == 6
     out = capsys.readouterr().out
-    assert (len(trainings), out.count("recorded already")) == (6, 4)
-    assert [line for line in out.splitlines() if line.startswith("Run ")] == [
-        f"Run {i + 1} of 6: ConvNet{', batch norm' * (i > 2)}, seed {i % 3}" for i in range(6)]
+    assert (epochs_in(out), out.count(RECORDED)) == (2, 4)
+    assert re.findall(r"Run (\d of \d)\n(ConvNet.*?): ", out) == [
+        (f"{i + 1} of 6", f"ConvNet{', batch norm' * (i > 2)}, seed {i % 3}") for i in range(6)]
     assert first.items() <= files_in(small).items()
     ex3_convnet.main([*TWO_A, "--rerun"])
-    assert (len(trainings), len(records_in(small))) == (8, 6)
+    assert (epochs_in(capsys.readouterr().out), len(records_in(small))) == (2, 6)
+
+
+def test_a_run_that_replaces_a_record_says_so_with_both_accuracies(small, capsys):
+    ex3_convnet.main(ARGV)
+    path, = small.glob("figures/*/*/records/*")
+    result = json.loads(path.read_text())["result"]
+    change(path, result={**result, "test_accuracy": 0.123}, finished="2001-02-03T00:00:00+00:00")
+    assert "replaces the record" not in capsys.readouterr().out
+    record, = ex3_convnet.main(ARGV)
+    line, = (line for line in capsys.readouterr().out.splitlines() if "This replaces" in line)
+    assert re.findall(r"[\d.]+%", line) == ["12.3%", f"{record['result']['test_accuracy']:.1%}"]
+    assert "2001" in line
+
+
+@pytest.mark.parametrize("argv", [[], ["--question=1", "--rerun"]])
+@pytest.mark.parametrize("part", [{"result": [0.5]}, {"result": {"epoch": 1, "val_accuracy": 0.5}}])
+def test_a_damaged_or_an_older_record_in_the_place_of_a_runs_own_is_replaced(small, argv, part):
+    ex3_convnet.main(ARGV)
+    path, = small.glob("figures/*/*/records/*")
+    change(path, **part)
+    record, = ex3_convnet.main([*ARGV, *argv])
+    assert json.loads(path.read_text())["result"] == record["result"]
+    assert "test_accuracy" in record["result"]
+
+
+@pytest.mark.parametrize("place", ["figures", "figures/synthetic-60/ex3_convnet", "checkpoints"])
+def test_a_folder_that_cannot_be_written_is_told_before_the_training(small, capsys, place):
+    """Here since a file is in its place."""
+    (small / place).parent.mkdir(parents=True, exist_ok=True)
+    (small / place).write_text("")
+    with pytest.raises(utils.UserError, match=f"{small}/{place}.* cannot be written") as error:
+        ex3_convnet.main(ARGV)
+    assert error.value.exit_code == 1
+    assert epochs_in(capsys.readouterr().out) == 0
+    assert files_in(small).keys() <= {small / place}
 
 
 def test_a_redrawn_question_shows_the_runs_with_its_settings(small):
+    """Or says which settings there are."""
     for flag in "--reg=0.1", "--dropout=0.2", "--question=1", "--learning_rate=0.01":
         ex3_convnet.main([*ARGV, flag])
     for reg in 0.001, 0.1:
         record, = ex3_convnet.main([*ARGV, "--question=1", "--redraw", f"--reg={reg}"])
         assert record["identity"]["settings"]["reg"] == reg
     before = files_in(small)
-    with pytest.raises(utils.Problem, match="no record in .*/synthetic-60/ex3_convnet has"):
-        ex3_convnet.main([*ARGV, "--question=1", "--redraw", "--reg=0.2"])
+    for number in "1", "2a":
+        with pytest.raises(utils.UserError, match="no record in .*/synthetic-60/ex3_c") as error:
+            ex3_convnet.main([*ARGV, f"--question={number}", "--redraw", "--reg=0.2"])
+        assert error.value.exit_code == 1
+        for words in "reg 0.1", "dropout 0.2", "learning_rate 0.01":
+            assert words in str(error.value)
     assert files_in(small) == before
 
 
 def test_a_page_names_its_flags_and_shows_what_was_asked_or_compares_something(small):
     for rate, number in ("0.01", "3a"), ("0.02", "2a"), ("0.01", "2a"):
         ex3_convnet.main([*ARGV, f"--question={number}", f"--learning_rate={rate}"])
-        place = small / "figures/synthetic-60/ex3_convnet"
-        page = (place / "README.md").read_text(encoding="utf-8")
-        assert f" --learning_rate={rate}" in page.splitlines()[0]
-        assert ("## Question 3a" in page, "## Question 1" in page) == (rate == "0.01", False)
-        assert page.count("| horizontal_flip |") == (rate == "0.01")
+        text = page(small)
+        assert f" --learning_rate={rate}" in text.splitlines()[0]
+        assert ("## Question 3a" in text, "## Question 1" in text) == (rate == "0.01", False)
+        assert text.count("| horizontal_flip |") == (rate == "0.01")
 
 
 def test_a_run_that_fails_draws_no_older_one_of_its_settings(small):
     ex3_convnet.main(ARGV)
-    before = files_in(small / "figures")
     path, = small.rglob("*.ckpt")
     path.write_bytes(b"")
-    with pytest.raises(utils.Problem, match="damaged"):
+    drawn, = small.glob("figures/*/*/README.md")
+    drawn.unlink()
+    with pytest.raises(utils.UserError, match="damaged"):
         ex3_convnet.main([*ARGV, "--resume"])
-    assert files_in(small / "figures") == before
+    assert not drawn.exists()
 
 
 def test_main_returns_the_records_that_it_shows(small, weights_file, capsys):
@@ -199,23 +267,37 @@ def test_main_returns_the_records_that_it_shows(small, weights_file, capsys):
         assert confusion.sum() == 100
         assert result["test_accuracy"] == pytest.approx(confusion.trace() / 100)
         assert result["val_accuracy"] == record["history"]["val_accuracy"][result["epoch"] - 1]
-    assert records_in(small) == json.loads(json.dumps(shown))
+    paths = {path.stem: path for path in small.glob("figures/*/*/records/*")}
+    assert len(paths) == len(shown)
+    for record in shown:
+        kept = json.loads(paths[record["name"]].read_text())
+        assert kept.items() <= json.loads(json.dumps(record)).items()
 
 
 def test_a_ninth_technique_is_a_function_and_a_row(folder, few, monkeypatch):
     """Without the report's numbers; it runs, is drawn and counts in what is the best."""
     monkeypatch.setitem(utils.AUGMENTATIONS, "negative", partial(
         lambda images, generator, ground: 1 - images, ground="white"))
-    last = '("scaling", {"augmentation": "scaling"}, None, 76.7),'
-    script = edited(folder, (last, f'{last} ("negative", {{"augmentation": "negative"}}),'))
+    first = 'rows=[Row("no augmentation", {"augmentation": "none"}),'
+    script = edited(folder, (first, f'{first} Row("negative", {{"augmentation": "negative"}}),'))
     argv = [*ARGV, "--question=3a"]
     assert len(script.main(argv)) == 10
     assert "| negative | " in page(folder)
     for path in folder.glob("figures/*/*/records/*"):
-        change(path, result={**json.loads(path.read_text())["result"],
-                             "test_accuracy": 0.5 + 0.4 * ("negative" in path.name)})
+        result = json.loads(path.read_text())["result"]
+        change(path, result={**result, "test_accuracy": 0.5 + 0.4 * ("negative" in path.name)})
     script.main([*argv, "--redraw"])
     line = next(line for line in page(folder).splitlines() if "is the best technique" in line)
     assert "50.0 % against 90.0 (negative)" in line
     assert {path.name for path in folder.glob("figures/*/*/*.png")} == {
         "figure_6.png", "figure_6_techniques.png", "same_conclusions.png"}
+
+
+def test_a_users_own_matplotlibrc_does_not_break_a_run(folder, few, small_convnet, monkeypatch):
+    (folder / "matplotlibrc").write_text("text.usetex: True\nfigure.figsize: 1, 1\n")
+    monkeypatch.setenv("PATH", "")  # there is no LaTeX
+    for argv in ARGV, [*ARGV, "--question=1"]:
+        with matplotlib.rc_context(fname=folder / "matplotlibrc"):
+            assert len(ex3_convnet.main(argv)) == 1
+    for name in "runs.png", "figure_1_2_filters.png":
+        assert (folder / "figures/synthetic-60/ex3_convnet" / name).exists()

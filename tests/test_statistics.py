@@ -1,7 +1,7 @@
 """What the seeds say: intervals against hand-computed ones, how often they err, and verdicts."""
 
 import math
-from pathlib import Path
+import statistics
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ import ex3_pretrained
 import utils
 from utils import Claim
 
-NONE = (-math.inf, math.inf)
 T95 = {2: 4.302653, 8: 2.306004}  # degrees of freedom: two-sided 95 % in a table of t
 
 
@@ -24,15 +23,33 @@ def sample(*accuracies):
 
 def results(**runs):
     """{question: {name: records}} of one question, "1", with these test accuracies (%)."""
-    return {"1": {name: [{"seed": seed, "result": {"test_accuracy": accuracy / 100}}
-                         for seed, accuracy in enumerate(of)] for name, of in runs.items()}}
+    rows = {}
+    for name, accuracies in runs.items():
+        rows[name] = [{"seed": seed, "result": {"test_accuracy": accuracy / 100}}
+                      for seed, accuracy in enumerate(accuracies)]
+    return {"1": rows}
+
+
+def claim_on_test(first, *others, **limits):
+    """A claim about the test accuracies of rows."""
+    return Claim("1", "", (first, "test_accuracy"),
+                 [(other, "test_accuracy") for other in others], **limits)
 
 
 def verdict(first, *others, above=0.0, below=math.inf):
     """The word for the claim that the first is better than each of the others."""
     names = [f"other{i}" for i in range(len(others))]
-    claim = Claim("1", "", "first", names, above=above, below=below)
-    return utils.judge(claim, results(first=first, **dict(zip(names, others))))["word"]
+    claim = claim_on_test("first", *names, above=above, below=below)
+    return utils.judge(claim, results(first=first, **dict(zip(names, others)))).word
+
+
+def welch_interval(x, y, level=0.95):
+    """The difference of two means with its interval by Welch's formulas (1947)."""
+    squares = [statistics.variance(accuracies) / len(accuracies) for accuracies in (x, y)]
+    degrees = sum(squares)**2 / (squares[0]**2 / (len(x) - 1) + squares[1]**2 / (len(y) - 1))
+    half = stats.t.ppf(0.5 + level / 2, degrees) * math.sqrt(sum(squares))
+    mean = statistics.mean(x) - statistics.mean(y)
+    return mean, mean - half, mean + half
 
 
 @pytest.mark.parametrize("level", [0.95, 1 - 0.05 / 8])
@@ -41,19 +58,22 @@ def verdict(first, *others, above=0.0, below=math.inf):
     (range(10, 90, 8), range(12, 52, 4))])
 @pytest.mark.filterwarnings("ignore:Precision loss")  # of scipy, for seeds of equal accuracy
 def test_two_runs_are_compared_by_welchs_t(x, y, level):
-    parts = [np.var(of, ddof=1) / len(of) for of in (x, y)]
-    degrees = sum(parts)**2 / sum(part**2 / (len(of) - 1) for part, of in zip(parts, (x, y)))
-    half = stats.t.ppf(0.5 + level / 2, degrees) * math.sqrt(sum(parts))
-    assert utils.lead_of(sample(*x), sample(*y), level=level) == pytest.approx(
-        (np.mean(x) - np.mean(y), half), rel=1e-9)
+    found = utils.difference_of(sample(*x), sample(*y), level=level)
+    assert found == pytest.approx(welch_interval(x, y, level), rel=1e-9)
 
 
-def test_two_states_of_the_same_networks_and_a_number_are_compared_by_the_differences():
+def test_two_states_of_the_same_networks_are_compared_by_the_differences():
     """The seeds differ by far more than what training on has changed: 0.5, 0.8 and 0.5."""
-    lead, half = utils.lead_of(sample(80, 71, 75.5), sample(79.5, 70.2, 75), same=True)
-    assert (lead, half) == pytest.approx((0.6, T95[2] * math.sqrt(0.03 / 3)), rel=1e-6)
-    lead, half = utils.lead_of(sample(10, 12, 11), {"number": 10.0})
-    assert (lead, half) == pytest.approx((1, T95[2] / math.sqrt(3)), rel=1e-6)
+    found = utils.difference_of(sample(80, 71, 75.5), sample(79.5, 70.2, 75), paired=True)
+    half = T95[2] * math.sqrt(0.03 / 3)
+    assert found == pytest.approx((0.6, 0.6 - half, 0.6 + half), rel=1e-6)
+
+
+def test_a_run_is_compared_with_a_number_by_students_t():
+    found = utils.judge(claim_on_test("a", constant=10.0, below=2), results(a=(10, 12, 11)))
+    half = T95[2] / math.sqrt(3)
+    assert (found.mean, found.low, found.high) == pytest.approx((1, 1 - half, 1 + half), rel=1e-6)
+    assert found.means == pytest.approx([11, 10])
 
 
 def test_five_seeds_of_equal_methods_get_a_verdict_in_a_twentieth_of_the_cases():
@@ -68,16 +88,27 @@ def test_five_seeds_of_equal_methods_get_a_verdict_in_a_twentieth_of_the_cases()
     ((90, 90, 90), (80, 80, 80), "undecided"), ((100, 100, 100), (99, 99, 99), "undecided"),
     ((90,), (70,), "too few seeds"), ((90, 91), (70, 71), "too few seeds"),
     ((90, 91), (70, 71, 72), "too few seeds"), ((90, 91, 92), (70, 71), "too few seeds")])
-def test_a_lead_counts_if_it_is_larger_than_what_seeds_do(first, other, word):
+def test_a_difference_counts_if_it_is_larger_than_what_seeds_do(first, other, word):
     assert verdict(first, other) == word
 
 
 @pytest.mark.parametrize(("others", "word"), [
     ([(80, 81, 82), (70, 71, 72)], "holds"), ([(80, 81, 82), (90, 90.5, 91)], "undecided"),
     ([(80, 81, 82), (96, 97, 98)], "does not hold"), ([(80, 81), (70, 71, 72)], "too few seeds"),
+    ([(80, 81), (90, 90.5, 91)], "undecided"),  # more seeds of the first could not decide it
     ([(80, 81), (96, 97, 98)], "does not hold")])  # one that is better is enough
 def test_the_best_is_better_than_each_other_one(others, word):
     assert verdict((90, 91, 92), *others) == word
+
+
+@pytest.mark.parametrize(("measured", "word", "rival"), [
+    ((80, 81, 82), "not measured", "b, c"), ((80, 81), "not measured", "b, c"),
+    ((90, 90.5, 91), "undecided", "a"), ((96, 97, 98), "does not hold", "a")])
+def test_the_best_is_not_known_while_others_are_not_measured(measured, word, rival):
+    """Unless one of those that are measured decides it."""
+    found = utils.judge(claim_on_test("best", "a", "b", "c", above=0),
+                        results(best=(90, 91, 92), a=measured))
+    assert (found.word, found.rival) == (word, rival)
 
 
 def test_that_it_is_the_best_needs_no_correction_and_that_another_is_better_does():
@@ -89,15 +120,15 @@ def test_that_it_is_the_best_needs_no_correction_and_that_another_is_better_does
     assert verdict(80 + spread, 82.45 + spread) == "does not hold"
 
 
-@pytest.mark.parametrize(("a", "b", "c", "word", "other", "lead"), [
+@pytest.mark.parametrize(("a", "b", "c", "word", "rival", "difference"), [
     ((80, 80.1, 80.2), (78, 78.1, 78.2), (60, 75, 90), "undecided", "c", 5.1),
     ((70, 70.1, 70.2), (78, 78.1, 78.2), (60, 70, 90), "does not hold", "b", -8)])
-def test_the_comparison_that_decides_a_claim_is_shown(a, b, c, word, other, lead):
+def test_the_comparison_that_decides_a_claim_is_shown(a, b, c, word, rival, difference):
     """Of c's seeds one can tell less."""
-    found = utils.judge(Claim("1", "", "a", ["b", "c"], above=0), results(a=a, b=b, c=c))
-    assert (found["word"], found["other"], found["seeds"]) == (word, other, "3 and 3 seeds")
-    assert found["lead"] == pytest.approx(lead)
-    assert found["means"] == pytest.approx([np.mean(a), np.mean(b if other == "b" else c)])
+    found = utils.judge(claim_on_test("a", "b", "c", above=0), results(a=a, b=b, c=c))
+    assert (found.word, found.rival, found.seeds) == (word, rival, "3 and 3 seeds")
+    assert found.mean == pytest.approx(difference)
+    assert found.means == pytest.approx([np.mean(a), np.mean(a) - difference])
 
 
 @pytest.mark.parametrize(("first", "word"), [
@@ -111,8 +142,9 @@ def test_two_runs_are_level_if_the_interval_is_within_a_point_either_way(first, 
     ((10, 10, 10), "holds"), ((10.1, 10.3, 9.9), "holds"), ((15, 15, 15), "does not hold"),
     ((10, 12, 11), "undecided"), ((10, 10), "too few seeds")])
 def test_a_network_that_is_stuck_at_chance_is_at_chance(accuracies, word):
-    found = utils.judge(Claim("1", "", "a", [10.0], below=2), results(a=accuracies))
-    assert (found["word"], found["seeds"]) == (word, f"{len(accuracies)} seeds")
+    """Such a network predicts one class, whatever its seed."""
+    found = utils.judge(claim_on_test("a", constant=10.0, below=2), results(a=accuracies))
+    assert (found.word, found.seeds) == (word, f"{len(accuracies)} seeds")
 
 
 @pytest.mark.parametrize(("latest", "word"), [
@@ -122,46 +154,48 @@ def test_best_and_last_epoch_of_the_same_networks(latest, word):
     """Nothing was measured where they are one; a seed that lacks a number is left out."""
     found = results(a=(80, 81, 82, 83))
     for record, accuracy in zip(found["1"]["a"], latest):
-        record["result"]["latest_test_accuracy"] = accuracy and accuracy / 100
+        record["result"]["latest_test_accuracy"] = None if accuracy is None else accuracy / 100
     claim = Claim("1", "", ("a", "latest_test_accuracy"), [("a", "test_accuracy")], below=0.1)
-    assert (utils.judge(claim, found) or {}).get("word") == word
+    if word is None:
+        assert utils.judge(claim, found) is None
+    else:
+        assert utils.judge(claim, found).word == word
 
 
 def test_a_run_of_a_claim_is_that_of_its_own_question_or_else_of_another():
-    claim = Claim("1", "", "a", ["b"], above=0)
-    good, poor = (results(x=of)["1"]["x"] for of in ((80, 81, 82), (70, 71, 72)))
+    claim = claim_on_test("a", "b", above=0)
+    good, poor = (results(x=accuracies)["1"]["x"] for accuracies in ((80, 81, 82), (70, 71, 72)))
     for found in {"0": {"a": poor}, "1": {"a": good}, "2": {"b": poor}}, {
             "1": {"b": poor}, "2": {"a": good}}:
-        assert utils.judge(claim, found)["word"] == "holds"
+        assert utils.judge(claim, found).word == "holds"
     for found in {}, {"1": {}}, {"1": {"a": good}}, {"1": {"a": good, "b": []}}:
         assert utils.judge(claim, found) is None
 
 
 @pytest.mark.parametrize("script", [ex3_convnet, ex3_pretrained])
 def test_the_claims_are_about_rows_that_exist(script):
-    rows = {name for question in script.QUESTIONS.values() for name, *_ in question.rows}
+    rows = {row.name for question in script.QUESTIONS.values() for row in question.rows}
     for claim in script.CLAIMS:
         assert claim.question in script.QUESTIONS
-        for run in (claim.first, *claim.others):
-            assert isinstance(run, float) or (run[0] if isinstance(run, tuple) else run) in rows
+        assert {name for name, _ in (claim.first, *claim.others)} <= rows
+        assert claim.others or claim.constant is not None
+        assert math.isfinite(claim.above) or math.isfinite(claim.below)
 
 
-@pytest.mark.parametrize(("script", "text", "seeds", "lead", "interval", "word"), [
-    (ex3_convnet, "Batch norm is better", "8 and 8", 1.3, (0.1, 2.5), "holds"),
-    (ex3_convnet, "nothing is gained, without batch norm", "5", 0, (-0.7, 0.7), "undecided"),
-    (ex3_convnet, "nothing is gained, with batch norm", "5", -0.3, (-1.9, 1.2), "undecided"),
-    (ex3_convnet, "Horizontal flip helps", "3 and 8", 3.7, (2.7, 4.7), "holds"),
-    (ex3_convnet, "Horizontal flip is the best", "3 and 2", 3.9, NONE, "too few seeds"),
-    (ex3_convnet, "Dropout 0.3 is the best", "2 and 2", -0.1, NONE, "too few seeds"),
-    (ex3_pretrained, "Fine-tuning beats frozen features", "5 and 5", 9.7, (9.1, 10.3), "holds"),
-    (ex3_pretrained, "Pretrained beats from scratch", "5 and 5", 2.1, (1.1, 3.1), "holds"),
-    (ex3_pretrained, "Not in the report: frozen", "3 and 5", 0, (-0.8, 0.8), "holds")])
-def test_the_verdicts_on_the_first_88_published_runs(script, text, seeds, lead, interval, word):
-    folder = ROOT / "figures/published/cifar-10" / Path(script.__file__).stem / "records"
-    records = [of for of in utils.load_records(folder) if of["finished"] < "2026-11-26T14"]
-    plan = utils.make_plan(parse("--redraw", script=script), script.QUESTIONS)
-    claim = next(claim for claim in script.CLAIMS if text in claim.text)
-    found = utils.judge(claim, utils.find_results(plan, records))
-    assert (found["word"], found["seeds"]) == (word, f"{seeds} seeds")
-    assert (found["lead"], found["lead"] - found["half"], found["lead"] + found["half"]) == (
-        pytest.approx((lead, *interval), abs=0.051))
+@pytest.mark.parametrize(("script", "text"), [
+    (ex3_convnet, "Batch norm is better"), (ex3_convnet, "Horizontal flip helps"),
+    (ex3_pretrained, "Fine-tuning beats frozen features"),
+    (ex3_pretrained, "Pretrained beats from scratch")])
+def test_the_intervals_of_published_claims_are_welchs(script, text):
+    settings = parse(script=script)
+    folder = ROOT / "figures/published/cifar-10" / settings.script / "records"
+    found = utils.find_results(settings, script.QUESTIONS, utils.load_records(folder), [])
+    claim, = (claim for claim in script.CLAIMS if claim.text == text)
+    accuracies = []
+    for row, _ in (claim.first, *claim.others):
+        records = next(rows[row] for rows in found.values() if row in rows)
+        accuracies.append([100 * record["result"]["test_accuracy"] for record in records])
+    verdict = utils.judge(claim, found)
+    interval = (verdict.mean, verdict.low, verdict.high)
+    assert interval == pytest.approx(welch_interval(*accuracies))
+    assert verdict.seeds == f"{len(accuracies[0])} and {len(accuracies[1])} seeds"

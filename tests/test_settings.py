@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import parse
+from conftest import TINY, parse
 
 import ex3_convnet
 import ex3_pretrained
@@ -19,11 +19,11 @@ def edit(tmp_path):
     """A function that imports a copy of a script with other text in place of a setting's line."""
     def edit(name, text):
         script = ex3_convnet if hasattr(ex3_convnet, name) else ex3_pretrained
-        source, count = re.subn(rf"^{name} = .*$", lambda _: text,
-                                Path(script.__file__).read_text(encoding="utf-8"), flags=re.M)
-        assert count == 1
+        lines = Path(script.__file__).read_text(encoding="utf-8").splitlines()
+        place, = (i for i, line in enumerate(lines) if line.startswith(f"{name} = "))
+        lines[place] = text
         path = tmp_path / Path(script.__file__).name
-        path.write_text(source, encoding="utf-8")
+        path.write_text("\n".join(lines), encoding="utf-8")
         spec = importlib.util.spec_from_file_location("edited", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -35,7 +35,7 @@ def edit(tmp_path):
 @pytest.mark.parametrize(("text", "flag", "expected"), [
     ("norm_flag = True", "", True), ("norm_flag = True", "--norm_flag=False", False),
     ("norm_flag = False", "--norm_flag", True), ('norm_flag = "False"', "", False),
-    ("dropout = 0", "--dropout=0.3", 0.3),
+    ("norm_flag = 1", "", True), ("dropout = 0", "--dropout=0.3", 0.3),
     ("dropout = .3", "", 0.3), ("dropout = .3", "--dropout=0", 0), ("dropout = 0", "", 0),
     ("dropout: float = 0.3", "", 0.3), ("dropout: float = 0.0  # hm", "--dropout=.5", 0.5),
     ("dropout = (0.25\n           + 0.5)  # two lines", "", 0.75),
@@ -51,37 +51,36 @@ def edit(tmp_path):
 def test_an_edit_at_the_top_is_the_new_default_and_a_flag_overrides_it(edit, text, flag, expected):
     name = re.match(r"\w+", text)[0]
     script = edit(name, text)
-    flags = utils.parse_flags(vars(script), [flag] if flag else [])
-    assert getattr(flags, name) == expected
-    assert name == "dropout" or type(getattr(flags, name)) is type(expected)
-    assert flags.given == ({name} if flag else set())
+    settings = utils.parse_settings(vars(script), [flag] if flag else [])
+    assert getattr(settings, name) == expected
+    assert name == "dropout" or type(getattr(settings, name)) is type(expected)
+    assert settings.given == ({name} if flag else set())
     with pytest.raises(SystemExit):
-        utils.parse_flags(vars(script), ["--help"])
+        utils.parse_settings(vars(script), ["--help"])
 
 
 @pytest.mark.parametrize(("value", "flag", "expected"), [
     ("3", "5", 5), ("3", "2.5", 2.5), ("0.1", "0.2", 0.2), ("False", "True", True),
-    ("'cosine'", "linear", "linear")])
-@pytest.mark.parametrize(("neighbour", "counts"), [("dropout = 0", True), ("seeds = 1", False)])
-def test_an_own_setting_is_a_flag_and_counts_as_its_group_does(
-        edit, value, flag, expected, neighbour, counts):
+    ("None", "True", True), ("'cosine'", "linear", "linear")])
+@pytest.mark.parametrize("neighbour", ["dropout = 0", "seeds = 1"])
+def test_an_own_setting_is_a_flag_and_counts_wherever_it_stands(
+        edit, value, flag, expected, neighbour):
     script = edit(neighbour.split()[0], f"own = {value}  # of my own\n{neighbour}")
-    flags = utils.parse_flags(vars(script), [f"--own={flag}"])
-    assert (flags.own, type(flags.own)) == (expected, type(expected))
-    assert flags.settings().get("own") == (expected if counts else None)
-    off = utils.parse_flags(vars(script), ["--own=none" if expected == "linear" else "--own=0"])
-    assert off.settings() == parse().settings()
+    settings = utils.parse_settings(vars(script), [f"--own={flag}"])
+    assert (settings.own, type(settings.own)) == (expected, type(expected))
+    assert settings.for_identity() == {**parse().for_identity(), "own": expected}
 
 
 @pytest.mark.parametrize(("text", "is_setting"), [
-    ("dropout = 0\nlimits = [10, 20]", True),  # a list
-    ("dropout = 0\n# --- end of settings ---\nlimits = 3", False)])
+    ('note = "none"\nlimits = [10, 20]', True),  # a list
+    ('note = "none"\n# --- end of settings ---\nlimits = 3', False)])
 def test_a_list_and_what_stands_below_the_settings_are_no_flags(edit, text, is_setting):
-    script = edit("dropout", text)
-    flags = utils.parse_flags(vars(script), [])
-    assert ("limits" in flags, "limits" in flags.settings()) == (is_setting, is_setting)
-    with pytest.raises(utils.Problem, match="unrecognized arguments: --limits=3"):
-        utils.parse_flags(vars(script), ["--limits=3"])
+    script = edit("note", text)
+    settings = utils.parse_settings(vars(script), [])
+    assert ("limits" in settings) == is_setting
+    assert ("limits" in settings.for_identity()) == is_setting
+    with pytest.raises(utils.UserError, match="unrecognized arguments: --limits=3"):
+        utils.parse_settings(vars(script), ["--limits=3"])
 
 
 @pytest.mark.parametrize("text", [
@@ -92,9 +91,17 @@ def test_a_wrong_setting_is_one_sentence_whatever_the_flags(edit, text):
     name = text.split()[0]
     script = edit(name, text)
     for argv in [], [f"--{name}={getattr(ex3_convnet, name, 'eval')}"], ["--help"]:
-        with pytest.raises(utils.Problem, match=f"^argument --{name}: .* must be .*$") as problem:
-            utils.parse_flags(vars(script), argv)
-        assert problem.value.status == 2
+        with pytest.raises(utils.UserError, match=f"^argument --{name}: .* must be .*$") as error:
+            utils.parse_settings(vars(script), argv)
+        assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["dropout, x = 0.3, 1", "x = dropout = 0.3"])
+def test_a_setting_that_shares_its_line_is_one_sentence_and_not_ignored(edit, text):
+    script = edit("dropout", text)
+    with pytest.raises(utils.UserError, match="^.*dropout.*$") as error:
+        script.main(["--redraw"])
+    assert error.value.exit_code == 2
 
 
 @pytest.mark.parametrize("flag", [
@@ -102,13 +109,13 @@ def test_a_wrong_setting_is_one_sentence_whatever_the_flags(edit, text):
     "--num_epochs=2.5", "--num_epochs=inf", "--num_epochs", "--learning_rate=0", "--reg=-1",
     "--seed=4294967296", "--norm_flag=maybe", "--augmentation=flip", "--augmentation=rotation+none",
     "--augmentation=rotation+", "--monitor=test", "--monitor=none", "--precision=none",
-    "--frozen_norm=none", "--question=5", "--dataset=", "--image_size=16", "--unknown=1", "--norm",
-    "positional", "--device=gpu"])
+    "--frozen_norm=none", "--question=5", "--dataset=", "--note=", "--image_size=16",
+    "--unknown=1", "--norm", "positional", "--device=gpu"])
 def test_a_wrong_flag_is_one_sentence(folder, flag):
     script = ex3_pretrained if "frozen" in flag else ex3_convnet
-    with pytest.raises(utils.Problem, match=f"{flag.split('=')[0]}.*$") as problem:
+    with pytest.raises(utils.UserError, match=f"{flag.split('=')[0]}.*$") as error:
         script.main([flag, "--redraw"])
-    assert problem.value.status == 2
+    assert error.value.exit_code == 2
 
 
 def test_a_process_ends_with_this_sentence_and_code_2():
@@ -120,24 +127,35 @@ def test_a_process_ends_with_this_sentence_and_code_2():
 
 def test_an_imported_script_ignores_the_command_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["notebook", "-f", "--dropout=0.5"])
-    flags = utils.parse_flags(vars(ex3_convnet))
-    assert (flags.dropout, flags.given) == (0, set())
+    settings = utils.parse_settings(vars(ex3_convnet))
+    assert (settings.dropout, settings.given) == (0, set())
+
+
+def test_a_folder_of_results_may_have_the_name_of_a_value(small):
+    ex3_convnet.main([*TINY, "--results=True"])
+    assert len([*small.glob("True/synthetic-60/ex3_convnet/records/*.json")]) == 1
 
 
 @pytest.mark.parametrize("script", [ex3_convnet, ex3_pretrained])
-def test_help_tells_each_setting_with_its_default_and_names_the_augmentations(capsys, script):
+def test_help_tells_each_setting_with_its_default(capsys, script):
     with pytest.raises(SystemExit) as end:
         parse("--help", script=script)
     assert end.value.code == 0
     page = " ".join(capsys.readouterr().out.split())
     source = Path(script.__file__).read_text(encoding="utf-8").split("# --- end of settings")[0]
-    settings = re.findall(r"^(\w+) = (.*?)  # (.*)$", source, re.MULTILINE)
+    settings = re.findall(r"^(\w+) = .*?  # (.*)$", source, re.MULTILINE)
     assert len(settings) > 20
-    for name, default, comment in settings:
-        default = getattr(script, name) if default.startswith('"') else f"{eval(default)}"
+    for name, comment in settings:
+        default = re.escape(str(getattr(script, name)))
         assert re.search(rf"--{name} \[?VALUE\]? {re.escape(comment)} (?:(?!--).)*"
-                         rf"default: {re.escape(default)}\)", page), name
-    assert all(name in page for name in utils.AUGMENTATIONS)
+                         rf"default: {default}\)", page), name
+
+
+def test_a_wrong_augmentation_is_told_the_right_ones():
+    with pytest.raises(utils.UserError) as error:
+        parse("--augmentation=flip")
+    for name in utils.AUGMENTATIONS:
+        assert name in str(error.value)
 
 
 def test_both_scripts_name_and_order_alike_what_they_share():
@@ -145,4 +163,4 @@ def test_both_scripts_name_and_order_alike_what_they_share():
     only_ours, only_theirs = {"norm_flag", "dropout"}, {"pretrained", "fine_tune", "frozen_norm"}
     assert ([name for name in vars(ours) if name not in only_ours | only_theirs]
             == [name for name in vars(theirs) if name not in only_theirs])
-    assert ours.counting - only_ours == theirs.counting - only_theirs
+    assert {*ours.identity_names} - only_ours == {*theirs.identity_names} - only_theirs
