@@ -17,7 +17,7 @@ from utils import Claim, Question, Row
 # --- experiment -------------------------------------------------------------------------------
 norm_flag = False  # batch normalization after each convolution (Question 2a)
 earlystop = False  # stop when validation stops improving; keep the best model (2b)
-patience = 10  # early stopping waits this number of epochs for a better one; 0: to the end
+patience = 10  # stop after this many epochs without improvement; 0: never stop early
 monitor = "accuracy"  # what early stopping watches: validation accuracy or loss
 dropout = 0  # probability of dropping a unit after each block; 0: off (3b)
 augmentation = "none"  # of the training images (3a): see AUGMENTATIONS in utils.py; a+b: both
@@ -28,12 +28,12 @@ batch_size = 200  # images in each step
 learning_rate = 2e-3  # of Adam
 learning_rate_decay = 0.95  # the learning rate is multiplied by this after each epoch
 reg = 1e-3  # weight decay (L2 penalty)
-num_training = 0  # train on the first so many images; 0: on all that do not validate
-num_validation = 0  # validate on the last so many; 0: 1,000 of CIFAR-10, else a tenth
-image_size = 32  # images are resized to this number of pixels a side
-seed = 0  # of everything random: initial weights, order, augmentation, dropout
+num_training = 0  # number of training images; 0: all that are not for validation
+num_validation = 0  # number of validation images; 0: 1,000 of CIFAR-10, else val/ or a tenth
+image_size = 32  # images are resized to this number of pixels per side
+seed = 0  # of all random numbers: initial weights, order, augmentation, dropout
 
-# --- where and how to run (changes no result) ---------------------------------------------------
+# --- where and how to run ---------------------------------------------------------------------
 dataset = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ and test/<class>/
 results = "figures"  # the folder of records, tables and figures
 device = "auto"  # auto: CUDA where there is one
@@ -43,7 +43,7 @@ deterministic = False  # on CUDA: the same numbers every time, at some cost (a C
 resume = False  # go on with an interrupted run from its latest checkpoint
 question = "none"  # run all of a question of the report
 seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
-rerun = False  # in a question, run again what is recorded already
+rerun = False  # repeat the runs of a question that already have a record
 redraw = False  # only draw the questions' tables and figures again, from the records
 checkpoint = "none"  # the file of a trained network, for --predict
 predict = "none"  # an image, or a folder of images, to classify with it
@@ -59,7 +59,7 @@ CHANNELS = (128, 512, 512, 512, 512)
 class ConvNet(nn.Module):
     """Five blocks of convolution, (batch norm), max-pool, ReLU, (dropout), then one linear layer.
 
-    (B, 3, S, S) images to (B, num_classes) logits; each block halves the side, S is at least 32.
+    (B, 3, S, S) images to (B, num_classes) logits; each block halves the side; S is at least 32.
     """
 
     def __init__(self, norm_flag=False, dropout=0.0, num_classes=10, image_size=32):
@@ -81,11 +81,7 @@ class ConvNet(nn.Module):
         return self.layers(images)
 
 def build_model(settings, num_classes):
-    """The network of the settings, with initial weights. Raises UserError for small images."""
-    smallest = 2**len(CHANNELS)
-    if settings.image_size < smallest:
-        raise utils.UserError(f"{len(CHANNELS)} blocks need images of {smallest} pixels: give "
-                              f"--image_size={smallest}", 2)
+    """The network of the settings, with initial weights."""
     return ConvNet(settings.norm_flag, settings.dropout, num_classes, settings.image_size)
 
 def make_optimizer(model, settings):
@@ -112,7 +108,7 @@ def run_title(settings):
     return ", ".join(parts)
 
 def checkpoint_name(settings):
-    """The part of a checkpoint's file name that tells the network."""
+    """The part of a checkpoint's file name that identifies the network."""
     return utils.slug(run_title(settings))
 
 def train(settings, data, dtype):
@@ -162,7 +158,7 @@ def train(settings, data, dtype):
 
 # ========================================== questions ==========================================
 
-QUESTIONS = {  # the report's numbers stand in each row, by the key of a result
+QUESTIONS = {  # each row holds the report's numbers under the keys of our results
     "1": Question(
         asked="What do the filters of the first convolution learn?",
         rows=[Row("without batch norm", {"norm_flag": False})],
@@ -271,7 +267,7 @@ CLAIMS = [  # the report's own conclusions first
     Claim("3b", "At dropout 0.9 the network is at chance", ("dropout 0.9", "test_accuracy"), [],
           constant=10.0, below=2, report="validation 10.3", report_difference=0.3),
     # what the report leaves open
-    Claim("3a", "Not in the report: trained on scaled images, better on them (validation)",
+    Claim("3a", "Not in the report: training on scaled images helps on scaled images (validation)",
           ("scaling", "val_accuracy_augmented"), [("scaling", "val_accuracy")], above=0,
           report="76.7; it does not say on which images"),
     Claim("3b", "Not in the report: precise BN helps at dropout 0.8 (validation)",
@@ -283,7 +279,7 @@ CLAIMS = [  # the report's own conclusions first
 # =========================================== figures ===========================================
 
 def draw(number, results, folder, data):
-    """Draw the figures of a question; of one's own its learning curves.
+    """Draw the figures of a question; for one that you added its learning curves.
 
     results: {name: records}; data: for the picture of the techniques, or None.
     """
@@ -340,8 +336,8 @@ def plot_techniques(results, reports, path):
                       "on plain validation images", path, sum(results.values(), []), axes)
 
 def plot_augmented_images(data, path, count=10):
-    """What each technique does: the same few training images, each with its own draw; those that it
-    left as they were are pale."""
+    """What each technique does: the same few training images, each with its own draw; unchanged
+    ones are faded."""
     generator = torch.Generator().manual_seed(0)
     images = data.images[data.train[:count]].float().cpu() / 255
     names = [row.changes["augmentation"] for row in QUESTIONS["3a"].rows]
@@ -368,7 +364,7 @@ def plot_dropout(results, reports, path):
     with_norm, without_norm = {}, {}  # {dropout: records}
     for records in results.values():
         settings = records[0]["identity"]["settings"]
-        rows = with_norm if "norm_flag" in settings else without_norm
+        rows = with_norm if settings.get("norm_flag") else without_norm
         rows[settings.get("dropout", 0)] = records
     lines = [
         (with_norm, "train_accuracy", "train", utils.TRAIN),
@@ -410,6 +406,13 @@ def plot_dropout(results, reports, path):
 
 # ============================================= main =============================================
 
+def check(settings):
+    """Raise utils.UserError for images that are too small for the number of blocks."""
+    smallest = 2**len(CHANNELS)
+    if settings.image_size < smallest:
+        raise utils.UserError(f"{len(CHANNELS)} blocks need images of {smallest} pixels: give "
+                              f"--image_size={smallest}", 2)
+
 def main(argv=None):
     """Run what the settings describe, an experiment or a question (argv: None: the command line's).
 
@@ -418,7 +421,7 @@ def main(argv=None):
     """
     settings = utils.parse_settings(globals(), argv)
     return utils.run(settings, mean=MEAN, std=STD, build_model=build_model, train=train, draw=draw,
-                     questions=QUESTIONS, claims=CLAIMS, summary=SUMMARY)
+                     questions=QUESTIONS, claims=CLAIMS, summary=SUMMARY, check=check)
 
 if __name__ == "__main__":
     utils.run_script(main)

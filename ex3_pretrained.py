@@ -22,9 +22,9 @@ from utils import Claim, Question, Row
 # --- experiment -------------------------------------------------------------------------------
 pretrained = "imagenet"  # imagenet, none (from scratch, 4b), or the path of weights: see README
 fine_tune = True  # train the pretrained part, too; False: only the new layers (4a)
-frozen_norm = "eval"  # frozen batch norm: eval is fixed; train follows the data, as in the exercise
+frozen_norm = "eval"  # of the frozen batch norm; train: by the batch, as in the exercise
 earlystop = True  # stop when validation stops improving; keep the best model
-patience = 10  # early stopping waits this number of epochs for a better one; 0: to the end
+patience = 10  # stop after this many epochs without improvement; 0: never stop early
 monitor = "accuracy"  # what early stopping watches: validation accuracy or loss
 augmentation = "horizontal_flip"  # of the training images: see AUGMENTATIONS in utils.py
 
@@ -34,12 +34,12 @@ batch_size = 200  # images in each step
 learning_rate = 1e-3  # of Adam
 learning_rate_decay = 0.99  # the learning rate is multiplied by this after each epoch
 reg = 0  # weight decay (L2 penalty)
-num_training = 0  # train on the first so many images; 0: on all that do not validate
-num_validation = 0  # validate on the last so many; 0: 1,000 of CIFAR-10, else a tenth
-image_size = 32  # images are resized to this number of pixels a side
-seed = 0  # of everything random: initial weights, order, augmentation
+num_training = 0  # number of training images; 0: all that are not for validation
+num_validation = 0  # number of validation images; 0: 1,000 of CIFAR-10, else val/ or a tenth
+image_size = 32  # images are resized to this number of pixels per side
+seed = 0  # of all random numbers: initial weights, order, augmentation
 
-# --- where and how to run (changes no result) ---------------------------------------------------
+# --- where and how to run ---------------------------------------------------------------------
 dataset = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ and test/<class>/
 results = "figures"  # the folder of records, tables and figures
 device = "auto"  # auto: CUDA where there is one
@@ -49,7 +49,7 @@ deterministic = False  # on CUDA: the same numbers every time, at some cost (a C
 resume = False  # go on with an interrupted run from its latest checkpoint
 question = "none"  # run all of a question of the report
 seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
-rerun = False  # in a question, run again what is recorded already
+rerun = False  # repeat the runs of a question that already have a record
 redraw = False  # only draw the questions' tables and figures again, from the records
 checkpoint = "none"  # the file of a trained network, for --predict
 predict = "none"  # an image, or a folder of images, to classify with it
@@ -104,7 +104,7 @@ def build_model(settings, num_classes):
     return model
 
 def init_head(model):
-    """The template's initial weights of the new layers, when nothing is pretrained."""
+    """Initialize the new layers as the exercise's template does when nothing is pretrained."""
     for layer in model.head:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=1e-3)
@@ -177,8 +177,8 @@ class FeatureData(utils.Data):
 
 @torch.no_grad()
 def cache_features(model, data, augmentation, dtype):
-    """What to train, and on what: the head on FeatureData where the features are fixed and images
-    are mirrored at most, else the whole model on the data."""
+    """Returns the network to train and the data to train it on: the head and FeatureData where the
+    features are fixed and images are mirrored at most, else the model and data as they are."""
     if not model.fixed or augmentation not in ("none", "horizontal_flip"):
         return model, data
     model.eval()
@@ -269,11 +269,11 @@ def train(settings, data, dtype):
 NOTE = ("We measure in eval mode on plain images; the report probably on mirrored ones with the "
         "statistics of the batch.")
 
-QUESTIONS = {  # the report's numbers stand in each row, by the key of a result
+QUESTIONS = {  # each row holds the report's numbers under the keys of our results
     "4a": Question(
         asked="How far do frozen pretrained features go?",
-        title="Table 5", note=f"{NOTE} Its frozen network was probably the second, in train mode.",
-        figures=("figure_8_part_4a.png",),
+        title="Table 5", figures=("figure_8_part_4a.png",),
+        note=f"{NOTE} Its frozen network was probably in train mode, as in the second row.",
         columns={"validation": "val_accuracy", "test": "test_accuracy",
                  "test, first 1,000 images": "test_accuracy_first_1000",
                  "test, precise BN": "test_accuracy_recalibrated"},

@@ -25,7 +25,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-# A notebook hands its backend on to the processes that it starts, which may not have it.
+# Processes started from a notebook inherit its backend, which may not be installed for them.
 if "inline" in os.environ.get("MPLBACKEND", "") and "ipykernel" not in sys.modules:
     del os.environ["MPLBACKEND"]
 
@@ -119,8 +119,9 @@ DATA_NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # of --dataset, 
 CIFAR10_FINGERPRINT = "679a0a54bc26fa54"  # of the files with the published md5 sums
 
 def load_data(settings, mean, std, device):
-    """The Data of the settings. Of the images that do not test, the last num_validation validate
-    (0: as the data set has it), the first num_training train (0: all others). Raises UserError."""
+    """The Data of the settings. Of the images that are not for testing, the last num_validation
+    are for validation (0: as the data set has it), the first num_training for training (0: all
+    others). Raises UserError."""
     name, classes, images, labels, sizes = read_data(settings)
     fingerprint = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
     if name == "CIFAR-10" and fingerprint != CIFAR10_FINGERPRINT:
@@ -142,8 +143,8 @@ def load_data(settings, mean, std, device):
         index[first_test - num_val:first_test], index[first_test:])
 
 def results_folder(settings, name, fingerprint=""):
-    """The folder of a script's results: in cifar-10, cifar-10-500 (with 500 training images),
-    synthetic, or photos-12ab, since two folders of images may have one name."""
+    """The folder of a script's results: in cifar-10, in cifar-10-500 with 500 training images, or
+    in photos-12ab, with a hash, since two folders of images may have the same name."""
     folder = slug(name) if name in DATA_NAMES.values() else f"{slug(name)}-{fingerprint[:4]}"
     if settings.num_training:
         folder += f"-{settings.num_training}"
@@ -189,7 +190,7 @@ def read_cifar10(folder):
             if not python.is_dir():
                 download_and_extract_archive(url, str(folder), None, CIFAR10.filename,
                                              CIFAR10.tgz_md5)
-        except Exception as error:  # urllib, tarfile and others have their own
+        except Exception as error:  # each library raises exceptions of its own
             problem = error
     if not python.is_dir():
         raise UserError(f"no mirror delivers CIFAR-10 ({problem}): put {CIFAR10.filename} into "
@@ -215,8 +216,9 @@ def read_image_folder(folder, size):
     incomplete = [name for name in classes
                   if not (train.get(name) and val.get(name) and test.get(name))]
     if incomplete or len(classes) < 2:
-        raise UserError(f"{folder} must have two classes or more, each with images in train (two "
-                        f"without val), val and test: {', '.join(incomplete or classes)}")
+        raise UserError(f"{folder} must have two classes or more, each with images in train, val "
+                        "and test (or two in train, without val): "
+                        f"{', '.join(incomplete or classes)}")
     dealt = {"train": deal(train), "val": deal(val), "test": deal(test)}
     sizes = {split: len(pairs) for split, pairs in dealt.items()}
     paths, names = zip(*dealt["train"], *dealt["val"], *dealt["test"])
@@ -228,15 +230,16 @@ def read_image_folder(folder, size):
     repeated = sum(image.tobytes() in known for image in images[sizes["train"]:])
     if repeated:
         print(f"{repeated:,} of {len(images) - sizes['train']:,} validation and test images are "
-              "training images, too: the accuracy on them says nothing about new images")
+              "in the training set, too: the accuracy on them says nothing about new images")
     name = f"{folder.name} (folder)" if folder.name in DATA_NAMES.values() else folder.name
     return name, classes, images, np.array([classes.index(name) for name in names]), sizes
 
-SPECIAL = (".", "@", "__", "Thumbs.db", "desktop.ini")  # beginnings of names that systems give
+# Hidden files, and what systems and tools leave beside images, as @eaDir and __MACOSX
+IGNORED_PREFIXES = (".", "@", "__", "Thumbs.db", "desktop.ini")
 
 def find_classes(folder, known=()):
-    """The images in each folder of a folder, {class: paths}. A class is called as among the known
-    names, where it is one of them. Raises UserError."""
+    """The images in each folder of a folder, {class: paths}. The spelling of a class follows the
+    known names. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: --dataset is cifar10, synthetic or a folder "
                         "with train/<class>/ and test/<class>/")
@@ -244,7 +247,7 @@ def find_classes(folder, known=()):
     classes = {}
     for path in sorted(folder.iterdir()):
         name = names.setdefault(class_key(path.name), path.name)
-        if path.is_dir() and not path.name.startswith(SPECIAL):
+        if path.is_dir() and not path.name.startswith(IGNORED_PREFIXES):
             if name in classes:
                 raise UserError(f"{folder} has two folders for the class {name}: rename one")
             classes[name] = find_images(path)
@@ -257,7 +260,7 @@ def class_key(name):
 def find_images(folder):
     """The files in a folder and in those below it, sorted; links to folders are not followed."""
     return [path for path in sorted(folder.rglob("*")) if not path.is_dir() and not any(
-        name.startswith(SPECIAL) for name in path.relative_to(folder).parts)]
+        name.startswith(IGNORED_PREFIXES) for name in path.relative_to(folder).parts)]
 
 def tell_left_out(folder, used):
     """Print how many images in a folder are not among those that are used, and where they are."""
@@ -290,8 +293,9 @@ def read_images(paths, size):
     return np.array(images), unreadable
 
 def read_image(path, size):
-    """An image upright, on white, its middle square: uint8 (size, size, 3). Raises UserError."""
-    try:  # Pillow raises nearly everything
+    """An image turned upright, on white, cropped to its centre square: uint8 (size, size, 3).
+    Raises UserError."""
+    try:  # Pillow can raise almost any exception
         with Image.open(path) as image:
             # Which number is white? "RGB;16B" is how Pillow notes 16 bits a channel.
             deep = image.mode[0] in "IF" or any(
@@ -316,8 +320,8 @@ SHAPES = {  # class: matplotlib's marker of this shape
     "square": "s", "star": "*", "triangle down": "v", "triangle up": "^"}
 
 def make_synthetic(num_train=5000, num_test=1000, size=32):
-    """What read_data returns, of ten bright shapes of random colour, place, size and turn on dark
-    grounds: the same on every machine, as numpy has frozen the random numbers of RandomState."""
+    """What read_data returns, of ten bright shapes of random colour, position, size and rotation
+    on dark backgrounds: the same on every machine, as RandomState's numbers never change."""
     random = np.random.RandomState(0)
     markers = [MarkerStyle(marker) for marker in SHAPES.values()]
     outlines = [marker.get_path().transformed(marker.get_transform()) for marker in markers]
@@ -420,8 +424,8 @@ def turn_hue(images, shift):
     return torch.cat([channel(5), channel(3), channel(1)], dim=1)
 
 def color_jitter(images, generator, brightness, contrast, saturation, hue):
-    """Brightness, contrast, saturation by a factor of 1 ± theirs, hue by ± its part of the circle;
-    in an order that is drawn, too, once for the batch."""
+    """Change brightness, contrast and saturation by a random factor of 1 ± the argument, the hue by
+    ± its part of the circle; in random order, the same for the whole batch."""
     widths = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
     for i in torch.randperm(4, generator=generator).tolist():
         name = list(widths)[i]
@@ -471,9 +475,9 @@ def make_augment(augmentation, generator):
 # ========== training ==========
 
 def seed_epoch(seed, epoch):
-    """Seed all that is random in an epoch: what was drawn before does not matter. Returns three
-    generators: for the order of the training images, for their augmentation, and for that of the
-    validation images. Dropout draws from PyTorch's own generator."""
+    """Seed all that is random in an epoch, so that it does not depend on earlier random numbers.
+    Returns three generators: for the order of the training images, for their augmentation, and for
+    that of the validation images. Dropout draws from PyTorch's own generator."""
     seeds = [int(np.random.SeedSequence((seed, epoch, purpose)).generate_state(1)[0])
              for purpose in range(4)]
     torch.manual_seed(seeds[3])
@@ -481,8 +485,8 @@ def seed_epoch(seed, epoch):
 
 def train_one_epoch(model, batches, optimizer, scaler, dtype):
     """One pass over the training images. scaler: a GradScaler, which float16 needs. Returns mean
-    loss and accuracy (0..1) of the batches as they are trained on: in train mode, augmented, with
-    weights that move."""
+    loss and accuracy (0..1) of the batches as they are trained on: in train mode, augmented, while
+    the weights change."""
     model.train()
     device = next(model.parameters()).device
     # The sums stay on the device: reading a number from a GPU means waiting for it.
@@ -528,9 +532,9 @@ def evaluate(model, batches, dtype):
     return F.cross_entropy(logits, labels).item(), correct.item() / len(labels)
 
 def test(model, data, dtype):
-    """What a network makes of the test images, in eval mode, for its record: "accuracy" (0..1),
-    "accuracy_first_1000" (of the first 1,000 images, as the exercise measures it), "confusion" (how
-    often each class, a row, was taken for each), and "mistakes", the most confident ones: position
+    """Results on the test images, in eval mode, for a record: "accuracy" (0..1),
+    "accuracy_first_1000" (of the first 1,000 images, as the exercise measures it), "confusion" (the
+    confusion matrix; rows are true classes), and "mistakes", the most confident ones: position
     among the test images, predicted class, probability."""
     logits, labels = predict_logits(model, data.batches(data.test), dtype)
     probabilities, predicted = logits.softmax(dim=1).max(dim=1)
@@ -546,8 +550,8 @@ def test(model, data, dtype):
 
 @torch.no_grad()
 def precise_bn_accuracies(model, part, data, dtype):
-    """Validation and test accuracy (0..1) with precise BN, under the names that records have for
-    them; nothing without batch norm. Changes the model: the batch norm layers of the part of it
+    """Validation and test accuracy (0..1) with precise BN, as a dict for the record; empty
+    without batch norm. Changes the model: the batch norm layers of the part of it
     that was trained get the mean statistics of plain training images, without dropout, instead of
     the moving averages of the training.
 
@@ -632,8 +636,8 @@ class Checkpoint:
         self.saved_at = time.perf_counter()
 
     def save(self):
-        """Write both files. The latest holds the best weights, too, as its stopper has them: a kill
-        between the two loses nothing."""
+        """Write both files. The latest holds the best weights, too (its stopper has them): if the
+        process is killed in between, nothing is lost."""
         common = {**self.run.metadata, "history": self.run.history}
         states = {key: part.state_dict() for key, part in self.parts.items()}
         with atomic_write(self.latest) as temporary:
@@ -651,8 +655,8 @@ class Checkpoint:
             self.save()
 
     def restore_or_set_aside(self):
-        """With --resume go on from the latest checkpoint; else rename it, which a new run would
-        overwrite, unless a longer one has been set aside. Raises UserError if it does not fit."""
+        """With --resume go on from the latest checkpoint. Without it the new run will overwrite it:
+        rename it, unless a longer one has been set aside. Raises UserError if it does not fit."""
         old = self.latest.with_suffix(".old.ckpt")
         if not self.latest.exists():
             if self.run.settings.resume:
@@ -667,13 +671,13 @@ class Checkpoint:
     def restore(self, state):
         """Go on from a state. No generator is in it, since every epoch seeds its own."""
         if not state.keys() >= {*self.parts, "history"}:
-            raise UserError(f"{self.latest} is of another version of this project: leave out "
-                            "--resume")
+            raise UserError(f"{self.latest} was written by another version of the project: "
+                            "leave out --resume")
         if state["epoch"] > self.run.settings.num_epochs:
             raise UserError(f"the checkpoint is of epoch {state['epoch']}: give a larger "
                             "--num_epochs, or leave out --resume")
         for key, part in self.parts.items():
-            if state[key]:  # that of a GradScaler which is not needed is empty
+            if state[key]:  # a disabled GradScaler has an empty state
                 part.load_state_dict(state[key])
         self.run.epoch, self.run.history = state["epoch"], state["history"]
         precisions = {*state["precision"].split(" and "), self.run.metadata["precision"]}
@@ -687,7 +691,7 @@ def load_checkpoint(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged bytes nearly everything
-        problem = "is damaged, or no file of PyTorch's"
+        problem = "is damaged or not a PyTorch file"
         if "unsupported global" in str(error).lower():
             problem = "holds more than weights, perhaps a whole network: save its state_dict()"
         raise UserError(f"{path} {problem}") from error
@@ -743,22 +747,22 @@ class Run:
         except UserError:
             return False
         print(f"{self.metadata['title']}, seed {self.settings.seed}: recorded already (--rerun "
-              "trains it again, as after a change inside a layer or of the loss)")
+              "trains it again, for example after a change of a layer's code or of the loss)")
         return True
 
     def show_start(self, model):
         """Print what is trained, on what."""
         about, side = self.metadata, self.settings.image_size
         if self.settings.question in ("none", "1"):
-            # Its random images would change batch norm's statistics: it gets a copy, in eval mode.
+            # It runs random images through the model: so it gets a copy, in eval mode.
             summary(copy.deepcopy(model).cpu().eval(), (3, side, side), device="cpu")
         print(f"{about['title']}, seed {about['seed']}: {self.model_size:,} trainable parameters; "
               f"{about['data']}, {plural(self.num_images, 'training image')}; {about['device']}, "
               f"{about['precision']}")
         num_val = about["identity"]["data"]["val"]
         if self.settings.earlystop and num_val < 100:
-            print(f"{plural(num_val, 'validation image')} cannot tell which epoch is the best: "
-                  "use a hundred or more, or --earlystop=False")
+            print(f"{plural(num_val, 'validation image')} are too few to tell which epoch is "
+                  "the best: use a hundred or more, or --earlystop=False")
 
     def log_epoch(self, epoch, numbers):
         """Keep the numbers of an epoch, {quantity: number}, and print them. Raises UserError if a
@@ -805,7 +809,7 @@ class Run:
               f"{result['train_accuracy']:.1%}, validation {result['val_accuracy']:.1%}, test "
               f"{best['accuracy']:.1%} (first 1,000 images {best['accuracy_first_1000']:.1%})")
         if best_epoch and self.epoch < self.settings.num_epochs:
-            print(f"Early stop after epoch {self.epoch}: none since {epoch} has been better")
+            print(f"Stopped early: no improvement from epoch {epoch} to {self.epoch}")
         if precise:
             print(f"With precise BN: validation {precise['val_accuracy_recalibrated']:.1%}, test "
                   f"{precise['test_accuracy_recalibrated']:.1%}")
@@ -839,9 +843,9 @@ IGNORED_KEYS = {
     "params", "training", "last_epoch"}  # the state of an optimizer, a layer, a schedule
 
 def canonical(value):
-    """A value as JSON has it, and the same in every version of PyTorch: entries that are off are
-    left out, so that a setting or an attribute which only newer versions know does not make another
-    identity until it is on."""
+    """A value as plain JSON, without entries that are off. So a setting or an attribute that only
+    newer versions of the script or of PyTorch have leaves identities as they were, until it is on.
+    """
     if isinstance(value, dict):
         entries = {}
         for key, part in value.items():
@@ -901,7 +905,7 @@ def load_record(path):
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         fits = [False]
     if not all(fits):
-        raise UserError(f"{path} is left out: it is no record, or damaged")
+        raise UserError(f"{path} is left out: it is damaged or not a record")
     return {"note": "none", "mistakes": [], "commit": "", "pretrained": "none", **record,
             "name": path.stem}
 
@@ -994,7 +998,7 @@ def leaves(value, path=""):
     return found
 
 def differs(name, descriptions):
-    """Whether a quantity has several values in those of the dicts that have it."""
+    """Whether the dicts that have a quantity disagree on it."""
     values = [description[name] for description in descriptions if name in description]
     return any(value != values[0] for value in values)
 
@@ -1027,8 +1031,8 @@ def beyond_settings(record):
     return known
 
 def layer_kinds(record):
-    """The first layer of each class, {class: layer}, but batch norm and dropout: they are settings.
-    """
+    """The first layer of each class, {class: layer}, except batch norm and dropout, which have
+    settings."""
     kinds = {}
     for layer in record["identity"]["layers"]:
         if "Norm" not in layer["class"] and layer["class"] != "Dropout":
@@ -1073,8 +1077,8 @@ def compare_last_two(experiments):
                      for record in experiment.records} for experiment in experiments[-2:])
     mean, low, high = difference_of(last, before)
     if math.isinf(low):
-        return (f"Do the last two differ? {MIN_SEEDS} seeds of each can tell (--seeds={MIN_SEEDS})"
-                ": runs that differ only in their seed differ by about a point, too.")
+        return (f"To see whether the last two differ, run {MIN_SEEDS} seeds of each (--seeds="
+                f"{MIN_SEEDS}): runs that differ only in their seed differ by about a point.")
     words = "which may be chance" if low <= 0 <= high else "which is more than chance"
     return (f"{experiments[-1].name} against {experiments[-2].name}: a difference of "
             f"{difference_in_words(mean, low, high)} points of test accuracy, {words}.")
@@ -1092,7 +1096,7 @@ def markdown_table(rows):
             *(f"| {' | '.join(row.values())} |" for row in rows)]
 
 def write_csv(records, path):
-    """A line for each record, for pandas. What is off has a value, too."""
+    """A line for each record, for pandas. Settings that are off are 0, False or none."""
     rows = []
     for record, settings in zip(records, all_settings(records)):
         identity, history = record["identity"], record["history"]
@@ -1161,7 +1165,7 @@ def save_figure(figure, title, path, records=(), legend=()):
     plt.close(figure)
 
 def caption(records):
-    """What stands behind a figure or a page: data, weights, recipe, precision and machine."""
+    """Describes the runs in a figure: data, weights, recipe, precision and machine."""
     def values(of):
         return sorted({of(record) for record in records} - {"none"})
 
@@ -1196,7 +1200,7 @@ def first_filters(model):
 
 def plot_filters(record, path, title):
     """Figures 1 and 2: the first convolution's filters before and after training and their
-    difference, in one scale. A weight for red is so much red, grey is 0."""
+    difference, in one scale. Each weight is shown in its colour channel; grey is 0."""
     weights = {}
     for when, (text, shape) in record["filters"].items():
         numbers = np.frombuffer(base64.b64decode(text), np.float16).reshape(shape)
@@ -1261,10 +1265,11 @@ def draw_curves(axis, records, quantity, keys=("train_{}", "val_{}")):
             draw_curve(axis, curve, style, 0.6 if show_mean else 1.4, "" if show_mean else label)
         if show_mean:
             draw_curve(axis, mean_curve(curves), style, 2.2, f"{label}, mean")
-    for record in records if early_stopping else ():
+    for record in records:
         best = record["result"]["best_epoch"]
-        axis.plot(best, curve_of(record, f"val_{quantity}")[best - 1], "*k", markersize=10,
-                  label="best epoch")
+        if best is not None:
+            axis.plot(best, curve_of(record, f"val_{quantity}")[best - 1], "*k", markersize=10,
+                      label="best epoch")
     axis.set(xlabel="epoch", ylabel="accuracy (%)" if quantity == "accuracy" else quantity)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.grid(True)
@@ -1283,15 +1288,17 @@ def draw_curve(axis, curve, style, width, label):
     marker = "o" if len(curve) == 1 else ""
     axis.plot(range(1, len(curve) + 1), curve, **style, linewidth=width, label=label, marker=marker)
 
-def draw_report(axis, report, last_epoch):
-    """The report's accuracies, {key of a result: number}, of a run: at its best epoch and, after
-    ten epochs of patience, at its last; without early stopping at our last."""
-    epoch = report.get("best_epoch", last_epoch)
+REPORT_PATIENCE = 10  # epochs
+
+def draw_report(axis, report, position):
+    """The report's accuracies of a run, {key of a result: number}: at its best and at its last
+    epoch or, without early stopping, at this position."""
+    epoch = report.get("best_epoch", position)
     for key, (_, style) in CURVES.items():
         key = key.format("accuracy")
-        for name, position in (key, epoch), (f"latest_{key}", epoch + 10):
+        for name, x in (key, epoch), (f"latest_{key}", epoch + REPORT_PATIENCE):
             if name in report:
-                axis.plot(position, report[name], color=style["color"], **REPORT)
+                axis.plot(x, report[name], color=style["color"], **REPORT)
 
 def plot_learning_curves(runs, title, path, reports=None, lowest=0):
     """Loss and accuracy over the epochs, a row for each of the runs {name: records}. reports:
@@ -1412,7 +1419,7 @@ class Question:
     figures: tuple = ()  # the names of its files, for the page
 
     def reports(self, results):
-        """The report's numbers for each of {name: records}; none where its images are not ours."""
+        """The report's numbers for each of {name: records}; empty if we used other images."""
         return {row.name: row.report if has_report(results[row.name]) else {}
                 for row in self.rows if row.name in results}
 
@@ -1423,8 +1430,8 @@ class Question:
         rows = {row.name: settings.replace(**shared).replace(**row.changes) for row in self.rows}
         of_all_rows = set.intersection(*(set(row.changes) for row in self.rows))
         if of_all_rows & settings.given or len(without_repeats(rows.values())) < len(rows):
-            raise UserError(f'the runs of the question "{self.asked}" differ in a setting that the '
-                            "command line gives", 2)
+            raise UserError(f'a setting given on the command line is one in which the runs of the '
+                            f'question "{self.asked}" differ', 2)
         return rows
 
 def without_repeats(items):
@@ -1465,24 +1472,23 @@ def plan_runs(settings, questions):
                            for i in range(settings.seeds))
 
 def find_results(settings, questions, records, trained):
-    """The records of all questions that these settings allow, {question: {name: records}}. trained:
+    """The records that match these settings, {question: {name: records}}. trained:
     the records of the runs that were just trained."""
-    results, known = {}, []  # known: (settings, records) of rows, which several questions may have
+    results, sentences = {}, []
     for number, question in questions.items():
         with suppress(UserError):
             for name, row in question.settings_of_rows(settings).items():
-                found = [of_row for settings_of_row, of_row in known if settings_of_row == row]
-                if not found:
-                    fitting = [record for record in records if fits(record, row)]
-                    found = [choose_experiment(fitting, trained) if fitting else []]
-                    known.append((row, found[0]))
-                if found[0]:
-                    results.setdefault(number, {})[name] = found[0]
+                matching = [record for record in records if fits(record, row)]
+                if matching:
+                    results.setdefault(number, {})[name] = choose_experiment(matching, trained)
+                    sentences += tell_others(matching, results[number][name])
     shown = {(digest_of(record["identity"]), record["seed"]) for record in all_records(results)}
     others = len(records) - len(shown)
     if others and results:
-        print(f"Left out: {plural(others, 'record')} of other settings (--redraw without a "
-              "question shows all)")
+        sentences.append(f"Left out: {plural(others, 'record')} of other settings (--redraw "
+                         "without a question shows all)")
+    for sentence in without_repeats(sentences):
+        print(sentence)
     return results
 
 def fits(record, settings):
@@ -1494,19 +1500,22 @@ def fits(record, settings):
 
 def choose_experiment(records, trained):
     """Of records with the same settings those of one identity: of the one that was just trained, or
-    else the one with the most seeds (of equal ones the latest). The others are named."""
+    else the one with the most seeds (of equal ones the latest)."""
     experiments = group_experiments(records)
-    experiments.sort(key=lambda experiment: len(experiment.records))
-    just_trained = [digest_of(record["identity"]) for record in trained]
-    shown = experiments[-1]
-    for experiment in experiments:
-        if digest_of(experiment.records[0]["identity"]) in just_trained:
-            shown = experiment
-    for other in experiments:
-        if other is not shown:
-            print(f"{records[0]['title']}: {plural(len(shown.records), 'run')} with {shown.name} "
-                  f"shown, {plural(len(other.records), 'run')} with {other.name} left out")
-    return shown.records
+    just_trained = {digest_of(record["identity"]) for record in trained}
+    chosen = [experiment.records for experiment in experiments
+              if digest_of(experiment.records[0]["identity"]) in just_trained]
+    if not chosen:
+        chosen = sorted((experiment.records for experiment in experiments), key=len)
+    return chosen[-1]
+
+def tell_others(records, shown):
+    """A sentence for each identity among the records but the one that is shown."""
+    experiments = group_experiments(records)
+    name = next(experiment.name for experiment in experiments if experiment.records[0] in shown)
+    return [f"{records[0]['title']}: {plural(len(shown), 'run')} with {name} shown, "
+            f"{plural(len(other.records), 'run')} with {other.name} left out"
+            for other in experiments if other.records[0] not in shown]
 
 def missing_runs(settings, questions, results):
     """A sentence for each question asked that lacks records: of rows, or of seeds asked for."""
@@ -1546,6 +1555,8 @@ def compare_numbers(questions, results):
             differences += [abs(round(np.mean(values_of(rows[name], key)) - report[key], 1))
                             for key in questions[number].columns.values()
                             if "accuracy" in key and key in report]
+    if not differences:
+        return ""
     near = sum(difference <= 3 for difference in differences)
     return (f"Of {len(differences)} accuracies of the report {near} are within three points of "
             f"ours; the median difference is {np.median(differences):.1f} points.")
@@ -1577,12 +1588,13 @@ def page_lines(title, questions, results, verdicts, folder):
 
 MIN_SEEDS = 3  # for a verdict
 MARKS = {"does not hold": "✗", "undecided": "?", "not measured": "?", "too few seeds": "?",
-         "holds": "✓"}  # of several comparisons, the first of these words decides a claim
+         "holds": "✓"}
+PRECEDENCE = ["does not hold", "undecided", "not measured", "too few seeds", "holds"]
 
 @dataclass
 class Claim:
-    """A conclusion of the report: the difference between an accuracy of a row and that of each of
-    some others, or a constant, is above one number of points and below another."""
+    """A conclusion of the report: `first` minus each of `others` (or a constant) lies between
+    `above` and `below`, in points of accuracy."""
 
     question: str
     text: str
@@ -1614,7 +1626,7 @@ def difference_of(first, second, paired=False, level=0.95):
     x, y = np.array(list(first.values())), np.array(list(second.values()))
     mean = float(x.mean() - y.mean())
     spread = np.ptp(x - y) if paired else np.ptp(x) + np.ptp(y)
-    if paired and np.ptp(x) + np.ptp(y) < 1e-9 and len(x) >= MIN_SEEDS:  # stuck at a constant
+    if paired and np.ptp(x) + np.ptp(y) < 1e-9 and len(x) >= MIN_SEEDS:  # every seed gives the same
         return mean, mean, mean
     if min(len(x), len(y)) < MIN_SEEDS or spread < 1e-9:
         return mean, -math.inf, math.inf
@@ -1632,23 +1644,24 @@ def judge(claim, results):
     Berger 1982); it does not if one is outside, at a level corrected for the choice (Bonferroni).
     """
     first = sample_of(claim.first, claim.question, results)
+    if not first:
+        return None
     verdicts, missing = [], []
-    for other in claim.others if first else ():
+    for other in claim.others:
         second = sample_of(other, claim.question, results)
         paired = other[0] == claim.first[0]  # two states of the same networks
         if not second:
             missing.append(other[0])
         elif not paired or first != second:  # equal, if the best epoch is the last
             verdicts.append(compare(claim, first, other[0], second, paired))
-    if first and claim.constant is not None:
+    if claim.constant is not None:
         second = dict.fromkeys(first, claim.constant)
         verdicts.append(compare(claim, first, f"{claim.constant:g} %", second, paired=True))
     if not verdicts:
         return None
-    order = list(MARKS)
     decisive = min(verdicts, key=lambda verdict: (
-        order.index(verdict.word), verdict.low, verdict.mean))
-    if missing and order.index(decisive.word) > order.index("not measured"):
+        PRECEDENCE.index(verdict.word), verdict.low, verdict.mean))
+    if missing and decisive.word in ("too few seeds", "holds"):
         decisive.word, decisive.rival = "not measured", ", ".join(missing)
     return decisive
 
@@ -1720,7 +1733,7 @@ def any_text(text):
     return os.path.expanduser(text)
 
 def weights(text):
-    """As torchvision once had it, True means ImageNet's weights."""
+    """True means ImageNet's weights, as in older versions of torchvision."""
     words = {"true": "imagenet", "false": "none", "none": "none"}
     return words.get(text.lower()) or any_text(text)
 
@@ -1729,11 +1742,10 @@ def augmentations(text):
         raise wrong_value(text, f"none, {', '.join(AUGMENTATIONS)}, or several (a+b)")
     return text
 
-def between(low, high):
-    """A reader of numbers from low to high; of whole ones where high is an int."""
+def between(low, high, whole=False):
+    """A reader of (whole) numbers from low to high."""
     def number(text):
         number = any_number(text)
-        whole = isinstance(high, int)
         if not low <= number <= high or (whole and not isinstance(number, int)):
             raise wrong_value(text, f"a {'whole ' if whole else ''}number from {low} to {high}")
         return number
@@ -1756,23 +1768,25 @@ def choice(*words):
 
     return word
 
-MANY = 10**9
+at_least = partial(between, high=10**9, whole=True)
 KINDS = {  # setting: a function that reads its value from a text
     "norm_flag": boolean, "earlystop": boolean, "fine_tune": boolean, "compile": boolean,
     "deterministic": boolean, "resume": boolean, "rerun": boolean, "redraw": boolean,
     "monitor": choice("accuracy", "loss"), "frozen_norm": choice("eval", "train"),
     "precision": choice("auto", "float32", "bfloat16", "float16"), "augmentation": augmentations,
-    "patience": between(0, MANY), "num_epochs": between(1, MANY), "batch_size": between(1, MANY),
-    "num_training": between(0, MANY), "num_validation": between(0, MANY),
-    "image_size": between(32, 1024), "seed": between(0, 2**32 - 1), "seeds": between(1, MANY),
+    "patience": at_least(0), "num_epochs": at_least(1), "batch_size": at_least(1),
+    "num_training": at_least(0), "num_validation": at_least(0),
+    "image_size": between(32, 1024, whole=True), "seed": between(0, 2**32 - 1, whole=True),
+    "seeds": at_least(1),
     "dropout": between(0, 0.99), "reg": between(0, 1e6), "learning_rate": between(1e-12, 1e6),
     "learning_rate_decay": between(1e-6, 1.0), "pretrained": weights, "dataset": any_text,
     "results": any_text, "device": any_text, "checkpoint": any_text, "predict": any_text,
     "note": any_text}
-CHANGE_NO_RESULT = {
-    "dataset", "precision",  # an identity has their own entries for them
+NOT_IN_IDENTITY = {
+    "seed",  # runs are compared over their seeds
+    "dataset", "precision", "pretrained",  # stored separately, the weights as a hash
     "results", "device", "compile", "deterministic", "resume", "question", "seeds", "rerun",
-    "redraw", "checkpoint", "predict", "note"}
+    "redraw", "checkpoint", "predict", "note"}  # change no result
 
 class Settings(argparse.Namespace):
     """The settings of a run as attributes; `script`: the script's name; `given`: the names of those
@@ -1820,16 +1834,14 @@ def parse_settings(script, argv=None):
     if argv is None:
         argv = sys.argv[1:] if script["__name__"] == "__main__" else []
     given = vars(parser.parse_args(argv))
-    # Runs are compared over their seeds; of pretrained weights the identity has the hash.
-    identity_names = sorted(comments.keys() - CHANGE_NO_RESULT - {"seed", "pretrained"})
     return Settings(**dict(values, **given), script=path.stem, given=set(given),
-                    identity_names=identity_names)
+                    identity_names=sorted(comments.keys() - NOT_IN_IDENTITY))
 
 def wrong_setting(message):
     raise UserError(f"{message} (--help lists the settings)", 2)
 
 def kind_of(value):
-    """The reader for a setting of a user's own; None for a list and the like, which is no flag."""
+    """The reader for a setting that the user added; None for a list, which becomes no flag."""
     if value is None or isinstance(value, bool):
         return boolean
     if isinstance(value, (int, float)):
@@ -1839,7 +1851,7 @@ def kind_of(value):
 
 # ========== running a script ==========
 
-def run(settings, mean, std, build_model, train, draw, questions, claims, summary, check=None):
+def run(settings, mean, std, build_model, train, draw, questions, claims, summary, check):
     """Do what the settings say with a script's functions: predict, train, draw. Returns the records
     that are shown. Raises UserError.
 
@@ -1852,7 +1864,7 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
         predict(settings, build_model, device)
         return []
     runs = plan_runs(settings, questions)
-    for planned in runs if check else ():
+    for planned in runs:
         check(planned)
     if settings.redraw and settings.dataset in DATA_NAMES:
         data, folder = None, results_folder(settings, DATA_NAMES[settings.dataset])
@@ -1874,7 +1886,8 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
         shown = show_runs(settings, records, trained, failed, folder, data)
     else:
         results = find_results(settings, questions, records, trained)
-        if not (settings.question in results or (settings.question == "all" and results)):
+        asked = results if settings.question == "all" else results.get(settings.question)
+        if not asked:
             raise UserError("; ".join(failed) or nothing_found(records, folder))
         failed += missing_runs(settings, questions, results)
         shown = show_questions(settings, questions, claims, summary, results, draw, folder, data,
@@ -1889,7 +1902,8 @@ def show_questions(settings, questions, claims, summary, results, draw, folder, 
     results = {number: rows for number, rows in results.items()
                if settings.question in (number, "all") or len(rows) > 1}
     records = all_records(results)
-    verdicts = [verdict for verdict in (judge(claim, results) for claim in claims) if verdict]
+    verdicts = [judge(claim, results) for claim in claims]
+    verdicts = [verdict for verdict in verdicts if verdict is not None]
     with drawing(failed):
         for number, rows in results.items():
             draw(number, rows, folder, data)
@@ -1950,15 +1964,17 @@ def train_all(runs, train, data, dtype):
         try:
             records.append(train(settings, data, dtype))
         except UserError as error:
+            if error.exit_code == 2:  # a wrong setting: the other runs have it, too
+                raise
             failed.append(str(error))
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
             failed.append("batch norm cannot train on a single image: give a larger --batch_size")
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("interrupted: --resume goes on after the last epoch that was "
-                                    "saved") from None
-    return records, failed
+            raise KeyboardInterrupt("interrupted: use --resume to go on from the last saved "
+                                    "epoch") from None
+    return records, without_repeats(failed)
 
 def rank_and_processes():
     """The number of this process among those of torchrun, and how many they are; else 0 and 1."""
@@ -2012,9 +2028,9 @@ def run_script(main):
 # ========== prediction ==========
 
 def predict(settings, build_model, device):
-    """Print what the network in settings.checkpoint makes of the image or folder settings.predict,
-    and the accuracy over images in folders that are named after classes. Raises UserError for
-    another network, and for files that cannot be read."""
+    """Print the prediction of the network in settings.checkpoint for the image or folder
+    settings.predict, and the accuracy over images in folders that are named after classes. Raises
+    UserError for another network, and for files that cannot be read."""
     if "none" in (settings.checkpoint, settings.predict):
         raise UserError("--checkpoint=FILE and --predict=FOLDER go together", 2)
     state = load_checkpoint(settings.checkpoint)
@@ -2025,15 +2041,15 @@ def predict(settings, build_model, device):
     except (LookupError, TypeError, RuntimeError):
         model, identity = None, None
     if model is None or describe_layers(model) != identity["layers"]:
-        raise UserError(f"{settings.checkpoint} is no checkpoint of the network that "
-                        f"{settings.script}.py has today")
+        raise UserError(f"{settings.checkpoint} does not hold the network that is now in "
+                        f"{settings.script}.py")
     root = Path(settings.predict).resolve()
     if not root.exists():
         raise UserError(f"there is no file or folder {root}")
     paths = [root]
     if root.is_dir():  # as in training, a class folder may be a link
         links = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()
-                 and not path.name.startswith(SPECIAL)]
+                 and not path.name.startswith(IGNORED_PREFIXES)]
         paths = sorted(path for folder in (root, *links) for path in find_images(folder))
     images, unreadable = read_images(paths, state["settings"]["image_size"])
     paths = [path for path in paths if path not in unreadable]
@@ -2077,22 +2093,22 @@ def show_predictions(paths, root, classes, logits, labels):
         print(f"In folders named after classes: {right:,} of {plural(num_known, 'image')} right, "
               f"{right / num_known:.1%}")
     if num_known < len(paths) and any(path.parent != root for path in paths if root.is_dir()):
-        print(f"In folders of no class: {len(paths) - num_known:,} of {len(paths):,}; the classes "
-              f"are {', '.join(classes)}")
+        print(f"In folders not named after a class: {len(paths) - num_known:,} of "
+              f"{len(paths):,}; the classes are {', '.join(classes)}")
 
 
 # ========== device ==========
 
 def choose_device(settings):
-    """The torch.device of the settings; "auto" is CUDA where there is one. Also sets what PyTorch
-    is to do on it. Raises UserError."""
+    """The torch.device of the settings; "auto" is CUDA where there is one. Also sets PyTorch's
+    options for it. Raises UserError."""
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":  # torchrun's processes have a GPU each
         name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
     if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older PyTorch asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by older versions
     try:
         device = torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -119,9 +119,15 @@ def test_the_binary_version_is_read_and_refused_if_it_is_altered_or_incomplete(t
         load(tmp_path)
 
 
-def test_mirrors_are_tried_in_turn_and_once(folder, cifar10, mirrors):
+def test_mirrors_are_tried_in_turn_and_once_and_without_one_a_sentence_says_what_to_do(
+        folder, cifar10, mirrors):
     source, _, labels = cifar10
     there, asked = mirrors
+    words = r"^no mirror.*\.tar\.gz.*--dataset=synthetic$"
+    with pytest.raises(utils.UserError, match=words) as error:
+        ex3_convnet.main([])
+    assert error.value.exit_code == 1
+    asked.clear()
     archive = (source / CIFAR10.filename).read_bytes()
     there.update(bcebos=archive[:-9], toronto=archive)
     data = load("cifar10")
@@ -129,13 +135,6 @@ def test_mirrors_are_tried_in_turn_and_once(folder, cifar10, mirrors):
     assert asked == ["zenodo", "bcebos", "toronto"]
     there.clear()
     assert load("cifar10").fingerprint == data.fingerprint
-
-
-def test_without_a_mirror_one_sentence_says_what_to_do(folder, mirrors):
-    words = r"^no mirror.*\.tar\.gz.*--dataset=synthetic$"
-    with pytest.raises(utils.UserError, match=words) as error:
-        ex3_convnet.main([])
-    assert error.value.exit_code == 1
 
 
 @pytest.mark.parametrize("altered", ["data_batch_3", "test_batch", "batches.meta"])
@@ -187,18 +186,14 @@ def test_a_batch_is_normalized(photos):
     assert labels.tolist() == [1, 0]
 
 
-def test_the_fingerprint_changes_with_a_pixel_a_label_and_the_order(few, monkeypatch):
+def test_the_fingerprint_changes_with_a_pixel_and_a_label(few, monkeypatch):
     name, classes, images, labels, sizes = utils.make_synthetic()
-    pixel, label = images.copy(), labels.copy()
-    pixel[5, 5, 5, 1] ^= 1
-    label[5] ^= 1
-    order = np.argsort(labels, kind="stable")
-    found = []
-    for x, y in (images, labels), (pixel, labels), (images, label), (images[order], labels[order]):
-        made = (name, classes, x, y, sizes)
-        monkeypatch.setattr(utils, "make_synthetic", lambda made=made: made)
+    monkeypatch.setattr(utils, "make_synthetic", lambda: (name, classes, images, labels, sizes))
+    found = [load("synthetic").fingerprint]
+    for changed in images[5, 5, 5], labels[5:6]:
+        changed[:1] ^= 1
         found.append(load("synthetic").fingerprint)
-    assert len({*found}) == 4
+    assert len({*found}) == 3
     assert load("synthetic", "--num_training=9").fingerprint == found[-1]
 
 
@@ -209,75 +204,37 @@ def test_synthetic_images_are_the_same_on_every_machine():
     assert sizes == {"train": 4500, "val": 500, "test": 1000}
 
 
-@pytest.fixture(params=["{:03}.png", "IMG_20260704_{:06}.png"])
-def insects(tmp_path, request):
-    """Photos of which half are ants, whose numbers or times run over all classes."""
+@pytest.mark.parametrize("names", ["{:03}.png", "IMG_20260704_{:06}.png"])
+def test_each_class_has_its_share_in_each_part_whatever_the_files_are_called(tmp_path, names):
+    """Half of the photos are ants; numbers or times run over all classes."""
     counts = {"ant": 30, "bee": 18, "cicada": 12}
     write_photos(tmp_path, {f"{part}/{name}": count for part in ("train", "test")
                             for name, count in counts.items()})
     for i, path in enumerate(sorted(tmp_path.glob("train/*/*"))):
-        path.rename(path.with_name(request.param.format(i)))
-    return tmp_path
+        path.rename(path.with_name(names.format(i)))
+    data, more = load(tmp_path), load(tmp_path, "--num_validation=10")  # more than a tenth
+    for found in (*(shares(data, part) for part in ("train", "val", "test")), shares(more, "val")):
+        assert found == pytest.approx([0.5, 0.3, 0.2], abs=0.11)
+    assert min(shares(load(tmp_path, "--num_training=3"), "train")) > 0
 
 
-def test_each_class_trains_and_validates_whatever_the_files_are_called(insects):
-    data = load(insects)
-    for part in ("train", "val", "test"):
-        assert shares(data, part) == pytest.approx([0.5, 0.3, 0.2], abs=0.11)
-    assert min(shares(load(insects, "--num_training=3"), "train")) > 0
-
-
-def test_each_class_has_its_share_of_more_validation_images_than_a_tenth(insects):
-    data = load(insects, "--num_validation=10")
-    assert shares(data, "val") == pytest.approx([0.5, 0.3, 0.2], abs=0.11)
-
-
-def test_a_link_inside_a_class_is_not_followed_but_a_class_can_be_one(photos):
+def test_what_is_no_photo_of_a_class_is_left_out_and_its_images_told_in_one_line(photos, capsys):
+    """A class can be a link; a link inside one is not followed."""
     before = load(photos)
+    (photos / "test/dog").rename(photos.parent / "dogs")
+    (photos / "test/dog").symlink_to(photos.parent / "dogs")
     (photos / "train/cat/up").symlink_to(photos)
-    (photos / "train/dog").rename(photos.parent / "dogs")
-    (photos / "train/dog").symlink_to(photos.parent / "dogs")
-    assert load(photos).fingerprint == before.fingerprint
-
-
-def add_copies(photos, *names):
-    """Put a copy of a photo at each of these places."""
-    for name in names:
+    for name in ("train/__MACOSX/cat/x.png", "train/cat/@eaDir/x.jpg", "train/dog/.x.png",
+                 "train/.ipynb_checkpoints/x.png", "more/cat/x.png", "more/cat/y.PNG",
+                 "train/loose.png", "train/Thumbs.db", "train/dog/Thumbs.db",
+                 "test/dog/desktop.ini", "train/cat/.DS_Store", "notes.txt"):
         (photos / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(photos / "train/cat/000.png", photos / name)
-
-
-def test_what_systems_put_there_is_no_photo_and_no_class(photos):
-    before = load(photos)
-    add_copies(photos, "train/@eaDir/x.png", "test/__MACOSX/x.png", "train/cat/@eaDir/x.png",
-               "train/.ipynb_checkpoints/x.png", "test/dog/__MACOSX/._x.png", "train/cat/._000.png",
-               "train/dog/.ipynb_checkpoints/x.png", "train/Thumbs.db", "test/dog/Thumbs.db",
-               "train/dog/desktop.ini", "train/cat/.DS_Store")
-    assert load(photos).fingerprint == before.fingerprint
-
-
-def test_images_that_are_left_out_are_told_in_one_line_with_their_number_and_places(
-        photos, capsys):
-    before = load(photos)
-    add_copies(photos, "train/__MACOSX/cat/x.png", "train/cat/@eaDir/x.jpg", "train/dog/.x.png",
-               "more/cat/x.png", "more/cat/y.PNG", "train/loose.png")
-    (photos / "notes.txt").write_text("no image")
     assert load(photos).fingerprint == before.fingerprint
     line, = capsys.readouterr().out.splitlines()
-    assert re.search(r"\b6 images\b", line)
-    _, _, places = line.partition(", in ")
-    assert {*places.split(", ")} == {"train/__MACOSX/cat", "train/cat/@eaDir", "train/dog",
-                                     "more/cat", "train"}
-
-
-def test_a_link_to_a_file_that_is_gone_is_named(photos, capsys):
-    (photos / "train/dog/gone.png").symlink_to(photos / "nowhere.png")
-    try:
-        load(photos)
-        told = capsys.readouterr().out
-    except utils.UserError as error:
-        told = str(error)
-    assert re.search(r"train/dog\b", told)
+    assert re.search(r"\b7 images\b", line)
+    assert line.endswith(", in more/cat, train/.ipynb_checkpoints, train/__MACOSX/cat, "
+                         "train/cat/@eaDir, train/dog and 1 more")
 
 
 @pytest.mark.parametrize("name", ["val", "valid"])
@@ -302,24 +259,22 @@ def test_classes_are_the_same_in_another_case_and_in_another_form_of_unicode(tmp
 def test_two_folders_that_differ_in_case_only_are_one_sentence(photos):
     if (photos / "TRAIN").exists():
         pytest.skip("this file system does not tell them apart")
-    add_copies(photos, "train/Cat/x.png")
+    shutil.copytree(photos / "train/cat", photos / "train/Cat")
     with pytest.raises(utils.UserError, match=r"(?i)^.*train has two folders .*\bcat\b.*$"):
         load(photos)
 
 
 def test_images_of_test_that_are_training_images_are_told_with_their_number(photos, capsys):
-    for name in ("000", "003"):
-        shutil.copy(photos / f"train/cat/{name}.png", photos / f"test/cat/again-{name}.png")
+    shutil.copy(photos / "train/cat/000.png", photos / "test/cat/again.png")
     with Image.open(photos / "train/dog/001.png") as image:
         image.save(photos / "test/dog/again.bmp")  # another file with the same pixels
     load(photos)
     line, = capsys.readouterr().out.splitlines()
-    assert re.search(r"^3 .*\btest images\b.*\btraining images\b", line)
+    assert re.search(r"^2 .*\btest images\b.*\btraining set\b", line)
 
 
 @pytest.mark.parametrize(("counts", "words"), [
     ({"train/ant": 3, "test/ant": 1}, "two"), ({"train/ant": 3}, "test"), ({}, "train"),
-    ({"train/ant": 3, "train/bee": 3, "test/ant": 3}, "bee"),
     ({"train/ant": 3, "train/bee": 3, "test/ant": 3, "test/bee": 0}, "bee"),
     ({"train/ant": 3, "train/bee": 1, "test/ant": 1, "test/bee": 1}, "bee"),
     ({"train/ant": 3, "train/bee": 3, "val/ant": 1, "test/ant": 1, "test/bee": 1}, "bee")])
@@ -331,19 +286,14 @@ def test_missing_classes_and_images_are_one_sentence(tmp_path, counts, words):
         load(tmp_path / "photos")
 
 
-def test_a_home_folder_that_is_not_there_is_named_as_it_was_written():
-    with pytest.raises(utils.UserError, match=r"there is no folder .*~nouser/x"):
-        load("~nouser/x")
-
-
-def test_damaged_files_are_named_all_at_once(photos):
-    names = ["train/cat/003.png", "train/dog/004.png", "test/dog/000.png"]
-    for name, size in zip(names, (0, 60, 8)):
+def test_files_that_cannot_be_read_are_named_all_at_once(photos):
+    names = ["train/cat/003.png", "train/dog/004.png", "test/dog/000.png", "train/dog/gone.png"]
+    for name, size in zip(names[:3], (0, 60, 8)):
         (photos / name).write_bytes((photos / name).read_bytes()[:size])
-    (photos / "train/dog/notes.txt").write_text("no image")
+    (photos / names[3]).symlink_to(photos / "nowhere.png")
     with pytest.raises(utils.UserError) as error:
         load(photos)
-    assert all(str(photos / name) in str(error.value) for name in (*names, "train/dog/notes.txt"))
+    assert all(str(photos / name) in str(error.value) for name in names)
     assert str(error.value).count(" (") == 4
 
 
@@ -359,23 +309,16 @@ def test_two_folders_of_one_name_and_one_named_like_a_data_set_share_nothing(
 
 PICTURE = np.random.default_rng(1).integers(0, 256, (4, 4, 3), dtype=np.uint8)
 PICTURE = PICTURE.repeat(8, axis=0).repeat(8, axis=1)  # 32 x 32, which JPEG keeps
+PHOTO = Image.fromarray(PICTURE)
 EXIF = Image.Exif()
 EXIF[0x0112] = 6  # the camera was turned: to be shown a quarter clockwise
 PROFILE = f"\nexif\n{len(EXIF.tobytes()):8}\n{EXIF.tobytes().hex()}\n".encode()
 
 
-def read(path):
-    """The one image as the network gets it, or why it cannot be read."""
-    try:
-        return utils.read_image(path, 32)
-    except utils.UserError as error:
-        return str(error)
-
-
-def saved(kind, **options):
-    """The picture as Pillow saves it, with the camera's note."""
+def saved(kind, image=PHOTO, **options):
+    """An image as Pillow saves it, with the camera's note."""
     content = io.BytesIO()
-    Image.fromarray(PICTURE).save(content, kind, **{"exif": EXIF.tobytes(), **options})
+    image.save(content, kind, **{"exif": EXIF.tobytes(), **options})
     return content.getvalue()
 
 
@@ -385,23 +328,10 @@ def chunk(kind, content):
         ">I", zlib.crc32(kind + content))
 
 
-def png16(color_type, channels):
-    """A PNG of 32 x 32 pixels of 16 bits."""
-    head = struct.pack(">IIBBBBB", 32, 32, 16, color_type, 0, 0, 0)
-    rows = zlib.compress(bytes(32 * (1 + 2 * 32 * channels)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-TIFF = struct.pack("<2sHIH", b"II", 42, 8, 9) + b"".join(  # 32 x 32, three channels of 16 bits
-    struct.pack("<HHII", *tag) for tag in [
-        (256, 3, 1, 32), (257, 3, 1, 32), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2),
-        (273, 4, 1, 128), (277, 3, 1, 3), (278, 3, 1, 32), (279, 4, 1, 6144)]
-    ) + struct.pack("<I3H", 0, 16, 16, 16) + bytes(6144)
 TURNED = {"jpeg": saved("jpeg", quality=100, subsampling=0), "png": saved("png"),
           "tiff": saved("tiff"), "tiff, lzw": saved("tiff", compression="tiff_lzw"),
           "webp": saved("webp", lossless=True)}
-for kind, note in ((b"eXIf", EXIF.tobytes()[6:]), (b"tEXt", b"Raw profile type exif\0" + PROFILE),
-                   (b"tEXt", b"Raw profile type APP1\0" + PROFILE),
+for kind, note in ((b"eXIf", EXIF.tobytes()[6:]), (b"tEXt", b"Raw profile type APP1\0" + PROFILE),
                    (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(PROFILE))):
     for following in b"IDAT", b"IEND":  # before and after the pixels
         bare = saved("png", exif=b"")
@@ -412,7 +342,8 @@ for kind, note in ((b"eXIf", EXIF.tobytes()[6:]), (b"tEXt", b"Raw profile type e
 @pytest.mark.parametrize("kind", TURNED)
 def test_pictures_are_turned_upright_whatever_their_format(tmp_path, kind):
     (tmp_path / "x").write_bytes(TURNED[kind])
-    assert np.abs(read(tmp_path / "x").astype(int) - np.rot90(PICTURE, -1)).max() <= 4
+    found = utils.read_image(tmp_path / "x", 32).astype(int)
+    assert np.abs(found - np.rot90(PICTURE, -1)).max() <= 4
 
 
 new, WHITE = partial(Image.new, size=(40, 50)), (255, 255, 255)
@@ -422,44 +353,42 @@ MOVING = {"save_all": True, "append_images": [new("RGB", color="blue")]}
 
 
 @pytest.mark.parametrize(("image", "name", "options", "expected"), [
-    (new("RGBA", color=(200, 0, 0, 0)), "x.png", {}, WHITE),
     (new("RGBA", color=(0, 0, 200, 51)), "x.webp", {}, (204, 204, 244)),
     (new("LA", color=(0, 0)), "x.png", {}, WHITE), (new("1", color=1), "x.png", {}, WHITE),
-    (new("L", color=7), "x.png", {"transparency": 7}, WHITE),
     (new("L", color=7), "x.jpg", {}, (7, 7, 7)),
     (new("RGB", color=(1, 2, 3)), "x.png", {"transparency": (1, 2, 3)}, WHITE),
     (new("RGB", color=(1, 2, 3)), "x.png", {"transparency": (1, 2, 4)}, (1, 2, 3)),
     (new("CMYK", color=(0, 255, 255, 0)), "x.jpg", {}, (255, 0, 0)),
-    (new("CMYK", color=(0, 255, 255, 0)), "x.tif", {}, (255, 0, 0)),
-    *((PALETTE, f"x.{kind}", {}, (9, 8, 200)) for kind in ("png", "gif")),
-    *((PALETTE, f"x.{kind}", {"transparency": 1}, WHITE) for kind in ("png", "gif")),
-    *((new("RGB", color="red"), f"x.{kind}", MOVING, (255, 0, 0))
-      for kind in ("gif", "png", "webp"))])
+    (PALETTE, "x.gif", {}, (9, 8, 200)), (PALETTE, "x.png", {"transparency": 1}, WHITE),
+    (new("RGB", color="red"), "x.gif", MOVING, (255, 0, 0))])
 def test_every_kind_of_picture_becomes_rgb_on_white(tmp_path, image, name, options, expected):
     image.save(tmp_path / name, **options)
-    with Image.open(tmp_path / name) as file:
-        assert getattr(file, "n_frames", 1) == (2 if options is MOVING else 1)
-    assert read(tmp_path / name)[16, 16].tolist() == pytest.approx(expected, abs=3)
+    pixel = utils.read_image(tmp_path / name, 32)[16, 16]
+    assert pixel.tolist() == pytest.approx(expected, abs=3)
 
 
-DEEP = {"grey.png": png16(0, 1), "rgb.png": png16(2, 3), "grey and alpha.png": png16(4, 2),
-        "rgba.png": png16(6, 4), "grey.tif": None, "rgb.tif": TIFF}
+ROWS = zlib.compress(bytes(32 * (1 + 32 * 6)))  # 32 x 32, three channels of 16 bits
+PNG = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)) + (
+    chunk(b"IDAT", ROWS) + chunk(b"IEND", b""))
+TIFF = struct.pack("<2sHIH", b"II", 42, 8, 9) + b"".join(
+    struct.pack("<HHII", *tag) for tag in [
+        (256, 3, 1, 32), (257, 3, 1, 32), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 1, 128), (277, 3, 1, 3), (278, 3, 1, 32), (279, 4, 1, 6144)]
+    ) + struct.pack("<I3H", 0, 16, 16, 16) + bytes(6144)
 
 
-@pytest.mark.parametrize("name", DEEP)
-def test_more_than_8_bits_are_refused(tmp_path, name):
-    path = tmp_path / name
-    if DEEP[name]:
-        path.write_bytes(DEEP[name])
-    else:
-        new("I;16", color=4000).save(path)
+@pytest.mark.parametrize("content", [PNG, TIFF, saved("png", image=new("I;16", color=4000))])
+def test_more_than_8_bits_are_refused(tmp_path, content):
+    path = tmp_path / "x"
+    path.write_bytes(content)
     Image.open(path).load()  # it is a picture
-    assert read(path) == f"{path} (more than 8 bits a channel)"
+    with pytest.raises(utils.UserError, match=r"/x \(more than 8 bits a channel\)$"):
+        utils.read_image(path, 32)
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.jpg"])
 def test_a_photo_is_its_middle_square_resized(tmp_path, name):
-    Image.fromarray(PICTURE).resize((500, 300), Image.Resampling.BICUBIC).save(tmp_path / name)
+    PHOTO.resize((500, 300), Image.Resampling.BICUBIC).save(tmp_path / name)
     with Image.open(tmp_path / name) as image:
         square = image.crop((100, 0, 400, 300)).resize((32, 32), Image.Resampling.BILINEAR)
-    assert np.abs(read(tmp_path / name).astype(int) - np.array(square)).mean() < 2
+    assert np.abs(utils.read_image(tmp_path / name, 32).astype(int) - np.array(square)).mean() < 2

@@ -53,6 +53,8 @@ def test_everything_is_on_the_gpu_and_no_step_waits_for_it(
         script, argv, dtype, small, tiny_vgg, reads, monkeypatch):
     settings = parse(*TINY, *argv, script=script)
     data = utils.load_data(settings, script.MEAN, script.STD, DEVICE)
+    for tensor in data.images, data.labels, data.train, data.val, data.test, data.mean, data.std:
+        assert tensor.device == DEVICE
     model = script.build_model(settings, 10).to(DEVICE)
     utils.prepare_model(model, settings, dtype)
     optimizer, _ = script.make_optimizer(model, settings)

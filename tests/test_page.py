@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import ROOT, parse
+from conftest import ROOT, TINY, parse
 
 import ex3_convnet
 import ex3_pretrained
@@ -20,11 +20,18 @@ FOLDERS = sorted(str(path.parent.relative_to(PUBLISHED))
                  for path in PUBLISHED.glob("*/*/README.md"))
 SCRIPTS = {"ex3_convnet": ex3_convnet, "ex3_pretrained": ex3_pretrained}
 
+
 def published(*titles):
     """The convnet's records on CIFAR-10 with these titles (all without one), sorted by seed."""
-    paths = (PUBLISHED / "cifar-10/ex3_convnet/records").iterdir()
-    records = [json.loads(path.read_text()) for path in sorted(paths)]
+    records = utils.load_records(PUBLISHED / "cifar-10/ex3_convnet/records")
     return [record for record in records if not titles or record["title"] in titles]
+
+
+def write_records(folder, records):
+    place = folder / "figures/cifar-10/ex3_convnet/records"
+    place.mkdir(parents=True)
+    for i, record in enumerate(records):
+        (place / f"{i:02}.json").write_text(json.dumps(record))
 
 
 @pytest.fixture
@@ -42,19 +49,10 @@ def figures(monkeypatch):
     return found
 
 
-def redraw(place, name):
-    """Draw the page of a published folder anew in another, from its records; its first line has the
-    flags. Returns its lines."""
-    data, script = name.split("/")
-    title, *lines = (PUBLISHED / name / "README.md").read_text(encoding="utf-8").splitlines()
-    questions = [line.split()[-1] for line in lines if line.startswith("## Question ")]
-    question = questions[0] if len(questions) == 1 else "all"
-    if not questions:
-        question = "none"
-    SCRIPTS[script].main([
-        "--results=published", f"--dataset={data.replace('-', '')}", "--redraw",
-        f"--question={question}", *shlex.split(title.partition(".py")[2])])
-    return (place / "published" / name / "README.md").read_text(encoding="utf-8").splitlines()
+def read_page(name):
+    """The lines of a published page, and the flags that its first one has."""
+    lines = (PUBLISHED / name / "README.md").read_text(encoding="utf-8").splitlines()
+    return lines, shlex.split(lines[0].partition(".py")[2])
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -64,7 +62,12 @@ def test_what_is_published_is_drawn_from_the_records_byte_by_byte(folder, name):
     for path in place.glob("*.*"):
         if path.name != "figure_6_techniques.png":  # needs the images
             path.unlink()
-    lines = redraw(folder, name)
+    lines, flags = read_page(name)
+    questions = [line.split()[-1] for line in lines if line.startswith("## Question ")]
+    question = questions[0] if len(questions) == 1 else "all"
+    data, script = name.split("/")
+    SCRIPTS[script].main(["--results=published", f"--dataset={data.replace('-', '')}", "--redraw",
+                          f"--question={question}", *flags])
     pictures = re.findall(r"!\[.*?\]\((.+?)\)", "\n".join(lines))
     assert sorted(pictures) == sorted(path.name for path in place.glob("*.png"))
     assert {path.name for path in (PUBLISHED / name).iterdir()} == {
@@ -74,13 +77,12 @@ def test_what_is_published_is_drawn_from_the_records_byte_by_byte(folder, name):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_every_number_of_a_table_is_that_of_the_records(folder, no_figures, name):
+def test_every_number_of_a_published_table_is_that_of_the_records(name):
     """Means and standard deviations over the seeds to the last digit, and the report's numbers."""
-    shutil.copytree(PUBLISHED / name, folder / "published" / name)
-    lines, script = redraw(folder, name), SCRIPTS[name.split("/")[1]]
-    settings = parse(*shlex.split(lines[0].partition(".py")[2]), script=script)
+    lines, flags = read_page(name)
+    script = SCRIPTS[name.split("/")[1]]
     records = utils.load_records(PUBLISHED / name / "records")
-    found = utils.find_results(settings, script.QUESTIONS, records, [])
+    found = utils.find_results(parse(*flags, script=script), script.QUESTIONS, records, [])
     for i in [i for i, line in enumerate(lines) if line.startswith("**Table")]:
         number = re.findall("## Question (.+)", "\n".join(lines[:i]))[-1]
         question = script.QUESTIONS[number]
@@ -106,13 +108,12 @@ def test_every_number_of_a_table_is_that_of_the_records(folder, no_figures, name
     ({}, True), ({"train": 48_000}, False), ({"val": 500}, False),
     ({"fingerprint": "12"}, False)])
 def test_the_reports_numbers_stand_beside_full_cifar_10_only(folder, figures, changes, beside):
-    place = folder / "figures/cifar-10/ex3_convnet"
-    (place / "records").mkdir(parents=True)
-    for i, record in enumerate(published("ConvNet", "ConvNet, batch norm")):
+    records = published("ConvNet", "ConvNet, batch norm")
+    for record in records:
         record["identity"]["data"] |= changes
-        (place / "records" / f"{i}.json").write_text(json.dumps(record))
+    write_records(folder, records)
     ex3_convnet.main(["--redraw", "--question=2a"])
-    page = (place / "README.md").read_text(encoding="utf-8")
+    page = (folder / "figures/cifar-10/ex3_convnet/README.md").read_text(encoding="utf-8")
     words = ("(report ", "accuracies of the report", "Report: test 79.9")
     assert [word in page for word in words] == [beside] * 3
     lines = [line for figure in figures for axis in figure.axes for line in axis.lines]
@@ -127,7 +128,7 @@ def test_figures_grow_with_their_rows(folder, figures, monkeypatch, rows, name):
     kinds = [published("ConvNet, batch norm, rotation")[:1], published("ConvNet, batch norm")[:3],
              published("ConvNet, early stopping")[:2], published("ConvNet, dropout 0.5")[:1]]
     for record in sum(kinds, []):
-        record.update(data=name.format("data"), note="none", pretrained="none", name="record")
+        record["data"] = name.format("data")
     first = kinds[0][0]
     first["history"] = {key: values[:1] for key, values in first["history"].items()}
     runs = {name.format(i): kinds[i % 4] for i in range(rows)}
@@ -148,10 +149,22 @@ def test_figures_grow_with_their_rows(folder, figures, monkeypatch, rows, name):
         utils.plot_conclusions(verdicts, folder, with_report=False)
     assert failed == []
     assert len(figures) == (6 if rows == 1 else 7)  # one row is no summary
-    for axis in (axis for figure in figures for axis in figure.axes):
+    axes = [axis for figure in figures for axis in figure.axes]
+    lines = [line for axis in axes if axis.get_xlabel() == "epoch" for line in axis.lines]
+    assert rows > 1 or {line.get_marker() for line in lines} == {"o"}  # a single epoch is seen
+    for axis in axes:
         box, (width, height) = axis.get_window_extent(), axis.figure.bbox.size
         assert 0 <= box.x0 <= box.x0 + 50 < box.x1 <= width
         assert 0 <= box.y0 <= box.y0 + 50 < box.y1 <= height
+
+
+def test_a_figure_compares_the_last_six_runs(folder, figures):
+    experiments = utils.group_experiments(published())
+    utils.plot_runs(experiments, folder / "runs.png", "script")
+    curves, dots = figures[0].axes
+    labels = [text.get_text().replace("\n", " ") for text in curves.get_legend().get_texts()]
+    assert labels == [experiment.name for experiment in experiments[-6:]]
+    assert len(dots.get_yticks()) == 6
 
 
 @pytest.mark.parametrize(("classes", "texts"), [(2, 4), (10, 100), (20, 0)])
@@ -168,10 +181,9 @@ def test_a_matrix_of_many_classes_has_no_numbers(folder, figures, classes, texts
 
 def test_beside_the_matrix_stand_the_mistakes(folder, few, figures, small_convnet):
     """Each picture is a test image that the network in the checkpoint takes for another class."""
-    argv = ["--dataset=synthetic", "--num_epochs=1", "--device=cpu", "--precision=float32"]
-    ex3_convnet.main(argv)
+    ex3_convnet.main(TINY)
     path, = folder.rglob("*.ckpt")
-    model = ex3_convnet.build_model(parse(*argv), 10).eval()
+    model = ex3_convnet.build_model(parse(), 10).eval()
     model.load_state_dict(utils.load_checkpoint(path)["model"])
     name, classes, images, labels, sizes = utils.make_synthetic()
     figure = next(figure for figure in figures if "mistakes" in figure.get_suptitle())

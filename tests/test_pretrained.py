@@ -53,27 +53,15 @@ def test_initial_weights_of_the_head(tiny_vgg, argv, deviations, bias):
         assert layer.bias.any() == bias
 
 
-def features_only(state):
-    return state
+FEATURES = random_weights(tiny_features())
 
 
-def with_torchvisions_classifier(state):
-    return {**state, "classifier.0.weight": torch.zeros(3)}
-
-
-def in_float16(state):
-    return {name: value.half() if value.is_floating_point() else value
-            for name, value in state.items()}
-
-
-def as_a_checkpoint(state):
-    return {"model": {**state, "head.0.bias": torch.zeros(256)}, "epoch": 3}
-
-
-@pytest.mark.parametrize(
-    "change", [features_only, with_torchvisions_classifier, in_float16, as_a_checkpoint])
-def test_weights_of_all_kinds_are_loaded_and_known_by_their_hash(tiny_vgg, tmp_path, change):
-    stored, path, model = change(random_weights(tiny_features())), tmp_path / "weights.pth", VGG()
+@pytest.mark.parametrize("stored", [
+    {**FEATURES, "classifier.0.weight": torch.zeros(3)},  # as torchvision's
+    {name: value.half() for name, value in FEATURES.items()},
+    {"model": {**FEATURES, "head.0.bias": torch.zeros(256)}, "epoch": 3}])  # as a checkpoint
+def test_weights_of_all_kinds_are_loaded_and_known_by_their_hash(tiny_vgg, tmp_path, stored):
+    path, model = tmp_path / "weights.pth", VGG()
     torch.save(stored, path)
     head = model.head[0].bias.clone()
     assert load_features(model, str(path)) == hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -97,46 +85,27 @@ def test_a_run_from_scratch_on_photos_is_a_start_for_the_next(small, tiny_vgg, p
 
 
 @pytest.mark.parametrize("content", [
-    None, b"", b"no weights", b"PK\x03\x04 half", [1, 2], torch.zeros(3), {}, {"model": 3},
-    {0: torch.zeros(3)}])
-def test_what_has_no_weights_is_named_in_one_sentence(tiny_vgg, tmp_path, content):
-    path = tmp_path / "weights.pth"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
-    with pytest.raises(utils.UserError, match=r"^[^\n]*weights\.pth[^\n]*$") as error:
-        load_features(VGG(), str(path))
-    assert error.value.exit_code == 1
-
-
-@pytest.mark.parametrize(("name", "value"), [
-    ("features.0.weight", torch.zeros(3)), ("features.0.weight", 3), ("features.0.weight", None),
-    ("features.1.running_mean", None), ("features.9.weight", torch.zeros(3))])
-def test_weights_of_another_network_are_named_in_one_sentence(tiny_vgg, weights_file, name, value):
-    """One has another shape or type, is missing, or is one too many."""
-    state = utils.load_checkpoint(weights_file)
-    state[name] = value
-    if value is None:
-        del state[name]
-    torch.save(state, weights_file)
+    [1, 2], torch.zeros(3), {}, {"model": 3}, {0: torch.zeros(3)},
+    {**FEATURES, "features.0.weight": torch.zeros(3)}, {**FEATURES, "features.0.weight": 3},
+    {**FEATURES, "features.9.weight": torch.zeros(3)},  # one too many
+    {name: FEATURES[name] for name in FEATURES if name != "features.1.running_mean"}])
+def test_weights_of_another_network_are_named_in_one_sentence(tiny_vgg, tmp_path, content):
+    torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(utils.UserError, match=r"^[^\n]*weights\.pth lacks the features[^\n]*$"):
-        load_features(VGG(), str(weights_file))
+        load_features(VGG(), str(tmp_path / "weights.pth"))
 
 
 def test_imagenet_is_torchvisions_file_whose_hash_is_checked(small, tiny_vgg, monkeypatch):
-    state = random_weights(tiny_features())
-
     def get_state_dict(weights, check_hash, **_):
         assert weights == VGG11_BN_Weights.IMAGENET1K_V1
         assert check_hash
-        return state
+        return FEATURES
 
     monkeypatch.setattr(VGG11_BN_Weights, "get_state_dict", get_state_dict)
     record, = ex3_pretrained.main([*TINY, FROZEN])
     assert (record["pretrained"], record["identity"]["weights"]) == ("imagenet", "6002323d")
     best = next(iter(checkpoints_in(small).values()))["model"]
-    assert all(torch.equal(best[name], value) for name, value in state.items())
+    assert all(torch.equal(best[name], value) for name, value in FEATURES.items())
 
 
 @pytest.mark.parametrize("cached", [None, b"half a file"])

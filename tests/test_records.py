@@ -1,12 +1,12 @@
 """The identity of a run, and what is read from a folder of records."""
 
+import csv
 import hashlib
 import json
 import re
 import runpy
 import shutil
 import subprocess
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -51,9 +51,10 @@ def page(folder):
     return next(folder.glob("figures/*/*/README.md")).read_text(encoding="utf-8")
 
 
-def git(folder, *arguments):
-    command = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", "-C", folder, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+def rows_of(folder):
+    """Those of the CSV in the only results."""
+    path, = folder.glob("figures/*/*/results.csv")
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 
 def test_the_identity_holds_all_that_decides_what_a_run_computes(small):
@@ -80,7 +81,7 @@ def test_the_identity_holds_all_that_decides_what_a_run_computes(small):
                          "eps": 1e-5, "momentum": 0.1, "affine": True, "track_running_stats": True}
 
 
-@pytest.mark.parametrize("changes", [
+OFF = [  # or without an effect on results
     [("dropout = 0  #", "dropout: float = 0.0  #")], [("dropout = 0  #", "dropout = None  #")],
     [("reg = 1e-3  #", "reg: float = 0.001  #")], [("earlystop = False  #", "earlystop = None  #")],
     [(RECIPE, f'mixup = False  # mine\nwarm = None\nsmooth = 0.0\nsampler = "none"\n{RECIPE}')],
@@ -93,20 +94,20 @@ def test_the_identity_holds_all_that_decides_what_a_run_computes(small):
       "False\n        return self.layers(images)")],
     [(OPTIMIZER, "optimizer.param_groups[0]['novel'] = scheduler.novel = False\n    "
                  f"scheduler._state = 3\n    {OPTIMIZER}")]])
-def test_what_is_off_or_changes_no_result_is_no_part_of_the_digest(small, changes):
-    assert digest(script=edited(small, *changes)) == digest()
-
-
-@pytest.mark.parametrize("edit", [
+OTHER = [
     GELU, (MODEL, f"layers[0].padding_mode = 'reflect'\n        {MODEL}"),
     ("torch.optim.Adam(", "torch.optim.AdamW("), ("fused=True", "fused=True, betas=(0.8, 0.9)"),
     ("ExponentialLR(optimizer, settings", "StepLR(optimizer, 5, settings"),
     ("(0.5, 0.5, 0.5), (0.5", "(0.5, 0.5, 0.4), (0.5"),
     ("(0.5, 0.5, 0.5), (0.5", "(0.5, 0.5, 0.5), (0.2"),
     (RECIPE, f"mixup = True  # mine\n{RECIPE}"), (PLACE, f"mixup = True  # mine\n{PLACE}"),
-    (RECIPE, f"milestones = [10, 20]  # mine\n{RECIPE}"), ("dropout = 0  #", "dropout = .1  #")])
-def test_an_edit_of_what_is_computed_is_another_run(small, edit):
-    assert digest(script=edited(small, edit)) != digest()
+    (RECIPE, f"milestones = [10, 20]  # mine\n{RECIPE}"), ("dropout = 0  #", "dropout = .1  #")]
+
+
+@pytest.mark.parametrize(("changes", "same"), [
+    *((changes, True) for changes in OFF), *(([edit], False) for edit in OTHER)])
+def test_an_edit_is_another_run_unless_it_is_off_or_changes_no_result(small, changes, same):
+    assert (digest(script=edited(small, *changes)) == digest()) == same
 
 
 def test_a_whole_number_is_one_however_it_is_written(small):
@@ -118,21 +119,10 @@ def test_a_whole_number_is_one_however_it_is_written(small):
                                 "--question=1", "--seeds=1", "--dropout=0.0", "--note=mine")),
     *((flag, False) for flag in ("--norm_flag", "--batch_size=30", "--augmentation=rotation",
                                  "--num_epochs=2", "--earlystop", "--num_training=50",
-                                 "--num_validation=19", "--image_size=64"))])
+                                 "--num_validation=19", "--image_size=64", "--precision=auto",
+                                 "--precision=bfloat16"))])
 def test_a_setting_counts_unless_it_says_where_and_how_to_run(small, flags, same):
     assert (digest(flags) == digest()) == same
-
-
-def test_parameters_of_an_augmentation_count_where_it_is_used_and_each_pixel(small, monkeypatch):
-    before, made = digest("--augmentation=rotation"), utils.make_synthetic()
-    monkeypatch.setitem(utils.AUGMENTATIONS, "scaling", partial(utils.scale, low=0.5, high=0.7))
-    assert digest("--augmentation=rotation") == before
-    with monkeypatch.context() as patch:
-        patch.setitem(utils.AUGMENTATIONS, "rotation", partial(utils.rotate, degrees=15))
-        assert digest("--augmentation=rotation") != before
-    made[2][7, 3, 2, 1] ^= 1  # one pixel
-    monkeypatch.setattr(utils, "make_synthetic", lambda: made)
-    assert digest("--augmentation=rotation") != before
 
 
 def test_of_pretrained_weights_the_content_counts_and_not_the_place(small, weights_file, tmp_path):
@@ -145,78 +135,51 @@ def test_of_pretrained_weights_the_content_counts_and_not_the_place(small, weigh
     assert digest(f"--pretrained={moved}", script=ex3_pretrained) != before
 
 
-def test_precision_counts_where_it_is_asked_for_by_name(small):
-    identities = {}
-    for name in "auto", "float32", "bfloat16":
-        digest(f"--precision={name}")
-        identities[name] = records_in(small)[0]["identity"]
-    assert identities["bfloat16"] == {**identities["auto"], "precision": "bfloat16"}
-    assert identities["float32"] == {**identities["auto"], "precision": "float32"}
-    assert "precision" not in identities["auto"]
-
-
 @pytest.mark.parametrize("script", [ex3_convnet, ex3_pretrained])
-def test_a_run_of_today_has_the_identity_of_the_published_one(script, monkeypatch, capsys):
-    """Rebuilt from the script and the settings; a further seed stands in the same row."""
+def test_a_run_of_today_has_the_identity_of_the_published_one(script, monkeypatch):
+    """Rebuilt from the script and the settings; and the name of its record."""
     vgg = SimpleNamespace(features=vgg_features())
     monkeypatch.setattr(ex3_pretrained, "vgg11_bn", lambda: vgg)
     settings = parse(script=script)
     off = {name: "none" if isinstance(getattr(settings, name), str) else False
            for name in settings.identity_names}
-    folder = ROOT / "figures/published/cifar-10" / settings.script / "records"
-    records, further = utils.load_records(folder), {}
-    assert len(records) == len([*folder.iterdir()]) > 0
-    for record in records:
+    records = utils.load_records(
+        ROOT / "figures/published/cifar-10" / settings.script / "records")
+    for record in {record["title"]: record for record in records}.values():
         known = record["identity"]
-        pretrained = "weights.pth" if "weights" in known else "none"
-        own = settings.replace(**off, pretrained=pretrained, seed=record["seed"],
-                               note=record["note"])
+        weights = known.get("weights")
+        own = settings.replace(**off, pretrained="weights.pth" if weights else "none",
+                               seed=record["seed"], note=record["note"])
         own = own.replace(**known["settings"])
-        assert record["name"] == utils.record_name(record["title"], known, own)
-        name = utils.digest_of(known)
-        if name not in further:
-            sizes = {part: range(known["data"][part]) for part in ("train", "val", "test")}
-            data = SimpleNamespace(mean=torch.tensor(script.MEAN), std=torch.tensor(script.STD),
-                                   fingerprint=known["data"]["fingerprint"], **sizes)
-            model = script.build_model(own, 10)
-            identity = utils.make_identity(own, data, model, *script.make_optimizer(model, own),
-                                           known.get("weights"))
-            further[name] = {**record, "seed": 99, "identity": identity}
-        assert known == further[name]["identity"]
-    shown = utils.find_results(settings, script.QUESTIONS, [*records, *further.values()], [])
-    rows = [found for runs in shown.values() for found in runs.values()]
-    assert len(rows) == sum(len(question.rows) for question in script.QUESTIONS.values())
-    assert all(row[-1]["seed"] == 99 for row in rows)
-    assert all(record in sum(rows, []) for record in records)
-    assert capsys.readouterr() == ("", "")
+        sizes = {part: range(known["data"][part]) for part in ("train", "val", "test")}
+        data = SimpleNamespace(mean=torch.tensor(script.MEAN), std=torch.tensor(script.STD),
+                               fingerprint=known["data"]["fingerprint"], **sizes)
+        model = script.build_model(own, 10)
+        identity = utils.make_identity(own, data, model, *script.make_optimizer(model, own),
+                                       weights)
+        assert identity == known
+        assert utils.record_name(record["title"], identity, own) == record["name"]
 
 
-@pytest.mark.parametrize("content", [
-    "", "{", "[]", "{}", "3", "null", '{"recipe": 3}', "\0\1", '{"title": "ConvNet", "seed": 0}'])
-def test_a_damaged_or_foreign_file_is_named_and_left_out(small, capsys, content):
-    path = small / "figures/synthetic-60/ex3_convnet/records/convnet.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(content)
-    assert len(ex3_convnet.main(ARGV)) == 1
-    line, = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{path} is left out")
-    assert path.read_text() == content
-
-
-@pytest.mark.parametrize("part", [
-    {"result": [0.5]}, {"result": {}}, {"history": {}}, {"identity": {}}, {"identity": "mine"},
-    {"seed": "one"}, {"finished": "today"}, {"filters": None}])
-def test_a_record_with_a_damaged_part_is_named_and_left_out(small, capsys, part):
-    ex3_convnet.main(ARGV)
+def test_what_is_damaged_or_no_record_is_named_left_out_and_replaced_by_a_run(small, capsys):
+    record, = ex3_convnet.main(ARGV)
     path, = small.glob("figures/*/*/records/*")
-    other = shutil.copy(path, path.with_name("other.json"))
-    change(other, **part)
-    for argv in [*ARGV, "--redraw"], [*ARGV, "--redraw", "--question=1"]:
+    parts = [{"result": [0.5]}, {"result": {}}, {"history": {}}, {"identity": {}},
+             {"identity": "mine"}, {"seed": "one"}, {"finished": "today"}, {"filters": None}]
+    texts = ["", "{", "[]", "3", "null", "\0\1", '{"title": "ConvNet", "seed": 0}',
+             *(json.dumps({**record, **part}) for part in parts)]
+    others = {path.with_name(f"{i:02}.json"): text for i, text in enumerate(texts)}
+    for other, text in others.items():
+        other.write_text(text)
+    for argv in ARGV, [*ARGV, "--question=1"]:
+        change(path, result={"epoch": 1, "val_accuracy": 0.5})  # of an older version
+        assert len(ex3_convnet.main(argv)) == 1
         capsys.readouterr()
-        record, = ex3_convnet.main(argv)
-        assert record["name"] == path.stem
-        line, = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"{other} is left out")
+        shown, = ex3_convnet.main([*argv, "--redraw"])
+        assert shown["name"] == path.stem
+        for other, line in zip(others, capsys.readouterr().err.splitlines(), strict=True):
+            assert line.startswith(f"{other} is left out")
+    assert [other.read_text() for other in others] == texts
 
 
 @pytest.mark.parametrize(("shown", "gelu_is_later", "gelu_seeds", "argv"), [
@@ -242,49 +205,18 @@ def test_of_two_networks_with_the_same_settings_one_is_shown_and_the_other_named
         assert re.search(rf"{shown} shown, . runs with .*[GR]ELU left out", line, re.IGNORECASE)
 
 
-@pytest.mark.parametrize("copy_is_later", [True, False])
-def test_of_two_records_of_one_seed_the_later_counts_and_both_are_named(
-        small, capsys, copy_is_later):
-    ex3_convnet.main([*ARGV, "--question=1"])
+def test_of_records_of_one_seed_the_latest_counts_and_both_are_named(small, capsys):
+    ex3_convnet.main(ARGV)
     path, = small.glob("figures/*/*/records/*")
-    copy = shutil.copy(path, path.with_name("x (1).json"))
-    change(copy, finished=f"{2099 if copy_is_later else 2001}-01-01T00:00:00+00:00")
-    older, later = (path, copy) if copy_is_later else (copy, path)
-    for argv in ["--question=1"], []:
-        capsys.readouterr()
-        record, = ex3_convnet.main([*ARGV, *argv, "--redraw"])
-        assert record["name"] == later.stem
-        line, = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"{older.name} is left out: {later.name} is")
-
-
-def test_a_note_stands_in_the_record_its_name_and_the_table_of_runs(small):
-    record, = ex3_convnet.main([*ARGV, "--note=Zoë's laptop"])
-    assert record["note"] == "Zoë's laptop"
-    path, = small.glob("figures/*/*/records/*")
-    assert path.name.endswith("_seed0_zoë-s-laptop.json")
-    table = next(small.glob("figures/*/*/results.csv")).read_text(encoding="utf-8")
-    assert "Zoë's laptop" in table
-
-
-def test_records_of_several_machines_stand_in_one_row(small):
-    """Without a precision by name: seeds of five other people, put into one folder."""
-    argv = [*ARGV, "--question=2a", "--precision=auto"]
-    ex3_convnet.main(argv)
-    for path in [*small.glob("figures/*/*/records/*")]:
-        for seed in range(1, 6):
-            copy = path.with_name(path.name.replace("seed0", f"seed{seed}"))
-            shutil.copy(path, copy)
-            same = json.loads(path.read_text())["identity"]
-            same["settings"] = dict(reversed(same["settings"].items()))  # in another process
-            change(copy, seed=seed, device=f"GPU {seed % 2}", precision="float16", torch="2.11.0",
-                   commit="abc1234", compile=True, identity=same)
-    assert len(ex3_convnet.main([*argv, "--redraw"])) == 12
-    lines = page(small).splitlines()
-    assert [line[-5:] for line in lines if line.startswith("| with")] == ["| 6 |", "| 6 |"]
-    caption = next(line for line in lines if "Accuracies are in %" in line)
-    for words in ", 12 runs", "float16", "CPU", "GPU 0", "GPU 1":
-        assert words in caption
+    for name, year in ("a (1).json", 2099), ("x (1).json", 2001):
+        copy = shutil.copy(path, path.with_name(name))
+        change(copy, finished=f"{year}-01-01T00:00:00+00:00")
+    capsys.readouterr()
+    record, = ex3_convnet.main([*ARGV, "--redraw"])
+    assert record["name"] == "a (1)"
+    lines = capsys.readouterr().err.splitlines()
+    for name, line in zip([path.name, "x (1).json"], lines, strict=True):
+        assert line.startswith(f"{name} is left out: a (1).json is")
 
 
 @pytest.mark.filterwarnings("error")
@@ -309,25 +241,12 @@ def test_what_an_older_record_lacks_is_shown_as_a_dash(small, capsys):
 
 def test_a_commit_is_that_of_the_repository_that_tracks_the_script(
         project, few, small_convnet, no_figures, monkeypatch):
-    """Also of one around the project; none for a script or a project that is not tracked."""
-    def recorded(folder, script=ex3_convnet):
-        monkeypatch.setattr(utils, "FOLDER", folder)
-        record, = script.main(ARGV)
-        return record["commit"]
-
+    """There is none for a script that is not tracked."""
     home = project.folder
-    head = git(home, "rev-parse", "HEAD")
-    commit = recorded(home)
+    head = subprocess.check_output(["git", "-C", home, "rev-parse", "HEAD"], text=True)
+    monkeypatch.setattr(utils, "FOLDER", home)
+    commit = ex3_convnet.main(ARGV)[0]["commit"]
     assert head.startswith(commit)
     assert len(commit) >= 7
-    assert recorded(home, edited(home, GELU, name="mine")) == ""
-    assert recorded(home, edited(home, GELU)) == f"{commit}-dirty"
-    copy = home / "copy"
-    copy.mkdir()
-    for name in "ex3_convnet.py", "utils.py":
-        shutil.copy(ROOT / name, copy)
-    assert recorded(copy) == ""
-    git(home, "add", "-A")
-    git(home, "commit", "-qm", "with a copy")
-    assert git(home, "rev-parse", "HEAD").startswith(recorded(copy))
-    assert recorded(copy) != ""
+    assert edited(home, GELU, name="mine").main(ARGV)[0]["commit"] == ""
+    assert edited(home, GELU).main(ARGV)[0]["commit"] == f"{commit}-dirty"

@@ -1,7 +1,5 @@
 """What a call leaves behind: records, figures, page and CSV, as a user meets them."""
 
-import csv
-import hashlib
 import json
 import re
 import shutil
@@ -11,8 +9,8 @@ from functools import partial
 import matplotlib
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, records_in
-from test_records import ARGV, GELU, change, edited, page
+from conftest import TINY, records_in
+from test_records import ARGV, change, edited, page, rows_of
 
 import ex3_convnet
 import ex3_pretrained
@@ -22,29 +20,20 @@ TWO_A = [*ARGV, "--question=2a"]
 LINE = " ".join(ARGV)
 RECORDED = "recorded already"
 
-# runs command lines on few images, each as Python runs a script, and edits it first by "old=>new|"
+# runs command lines on few images, each as Python runs a script
 DRIVER = """
-import pathlib, runpy, sys
+import runpy, sys
 import utils
 *made, _ = utils.make_synthetic(80, 100)
 utils.make_synthetic = lambda: (*made, {"train": 60, "val": 20, "test": 100})
 for command in sys.argv[1:]:
-    *edits, command = command.split("|")
     sys.argv = command.split()
-    script = pathlib.Path(sys.argv[0])
-    for old, new in (edit.split("=>") for edit in edits):
-        assert old in script.read_text("utf-8")
-        script.write_text(script.read_text("utf-8").replace(old, new), "utf-8")
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
         print("exit code 0")
     except SystemExit as end:
         print("exit code", end.code)
 """
-
-
-def rows_of(folder):
-    return [*csv.DictReader((folder / "results.csv").read_text(encoding="utf-8").splitlines())]
 
 
 def files_in(folder):
@@ -57,44 +46,42 @@ def epochs_in(output):
 
 
 def test_plain_things_leave_each_their_own_results_and_nothing_that_git_sees(project):
-    """README's first command, sweeps by flags and by edits, a copy of the script with another
-    network, a question, and settings that match no record."""
+    """README's first command, a sweep, a copy of the script, a question, settings that match no
+    record, and a wrong one."""
     shutil.copy(project.folder / "ex3_convnet.py", project.folder / "mine.py")
     done = project(
         "-c", DRIVER, f"ex3_convnet.py {LINE} --norm_flag --learning_rate=0.0005",
-        *(f"ex3_convnet.py {LINE} --seed=3 --learning_rate={rate}" for rate in (0.1, 0.01, 0.001)),
-        f"ex3_convnet.py {LINE}", f"rate = 2e-3=>rate = .01|ex3_convnet.py {LINE}",
-        f"rate = .01=>rate = 0.1|ex3_convnet.py {LINE}",
-        f"{'=>'.join(GELU)}|mine.py {LINE} --question=2a", f"ex3_convnet.py {LINE} --question=2a",
+        *(f"ex3_convnet.py {LINE} --seed=3 --learning_rate={rate}" for rate in (0.1, 0.01)),
+        f"mine.py {LINE} --question=2a", f"ex3_convnet.py {LINE} --question=2a",
         "ex3_convnet.py --redraw", f"ex3_pretrained.py {LINE} --redraw",
-        "ex3_convnet.py --redraw --question=all --results=figures/published --reg=0.3")
+        "ex3_convnet.py --redraw --question=all --results=figures/published --reg=0.3",
+        "ex3_convnet.py --dropout=2")
     assert "Traceback" not in done.stderr, done.stderr
-    assert re.findall("exit code (.*)", done.stdout) == [*9 * "0", *3 * "1"]
-    assert [bool(re.search(r"\.py: .*no records? in .*figures", line))
-            for line in done.stderr.splitlines()] == [True, True, True]
-    assert project.status().split() == ["M", "ex3_convnet.py", "??", "mine.py"]
-    place, own = (project.folder / "figures/synthetic-60" / of for of in ("ex3_convnet", "mine"))
-    assert sorted((row["seed"], row["learning_rate"], row["norm_flag"],
-                   row["commit"].endswith("-dirty")) for row in rows_of(place)) == [
-        ("0", "0.0005", "True", False), ("0", "0.002", "False", False),
-        ("0", "0.01", "False", True), ("0", "0.1", "False", True), ("0", "0.1", "True", True),
-        ("3", "0.001", "False", False), ("3", "0.01", "False", False), ("3", "0.1", "False", False)]
-    for kind in "curves", "filters", "classes":
-        assert len([*place.glob(f"*_{kind}.png")]) == 7
-    for folder, script, records in (place, "ex3_convnet", 8), (own, "mine", 2):
-        assert f"{script}.py" in (folder / "README.md").read_text(encoding="utf-8")
-        assert (folder / "figure_3_4.png").exists()
-        assert len([*folder.glob("records/*")]) == len(rows_of(folder)) == records
+    assert re.findall("exit code (.*)", done.stdout) == [*5 * "0", *3 * "1", "2"]
+    *lines, last = done.stderr.splitlines()
+    assert [bool(re.search(r"\.py: .*no records? in .*figures", line)) for line in lines] == [
+        True, True, True]
+    assert re.fullmatch(r"ex3_convnet\.py: .*--dropout.*0 to 0\.99.*", last)
+    assert project.status().split() == ["??", "mine.py"]
+    for script, runs, singles in ("ex3_convnet", 5, 3), ("mine", 2, 0):
+        place = project.folder / "figures/synthetic-60" / script
+        assert f"{script}.py" in (place / "README.md").read_text(encoding="utf-8")
+        assert (place / "figure_3_4.png").exists()
+        assert len([*place.glob("records/*")]) == runs
+        for kind in "curves", "filters", "classes":
+            assert len([*place.glob(f"*_{kind}.png")]) == singles
 
 
-def test_single_runs_stand_in_one_table_with_figures_of_the_last(
+def test_the_page_compares_all_runs_and_shows_figures_of_the_last(
         folder, few, small_convnet, capsys):
-    """Several seeds of one experiment have one set of figures."""
+    """One set for its seeds. --redraw makes the comparison anew from the records."""
     ex3_convnet.main([*ARGV, "--dropout=0.3"])
-    first = {path.name for path in folder.glob("figures/*/*/*.png")}
+    place, = folder.glob("figures/*/*")
+    first = {path.name for path in place.glob("*.png")}
     capsys.readouterr()
-    assert len(ex3_convnet.main([*ARGV, "--norm_flag", "--seeds=3"])) == 3
-    second = {path.name for path in folder.glob("figures/*/*/*.png")} - first
+    shown = ex3_convnet.main([*ARGV, "--norm_flag", "--seeds=3"])
+    assert [record["seed"] for record in shown] == [0, 1, 2]
+    second = {path.name for path in place.glob("*.png")} - first
     for names in first - {"runs.png"}, second:
         assert sorted(name.split("_")[-1] for name in names) == [
             "classes.png", "curves.png", "filters.png"]
@@ -102,10 +89,22 @@ def test_single_runs_stand_in_one_table_with_figures_of_the_last(
         rows = re.findall(r"^(?:\| )?(dropout .*?|norm_flag .*?)[ |]{2,}(\d) ", text, re.MULTILINE)
         assert rows == [("dropout 0.3", "1"), ("norm_flag True", "3")]
     assert {*re.findall(r"\((.*?\.png)\)", page(folder))} == {"runs.png", *second}
+    cells = []
+    for name in "train_accuracy", "val_accuracy", "test_accuracy":
+        values = [100 * record["result"][name] for record in shown]
+        cells.append(f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}")
+    assert f"| {' | '.join(cells)} |" in page(folder)
+    rows, records = rows_of(folder), records_in(folder)
+    for name in "runs.png", "README.md", "results.csv":
+        (place / name).unlink()
+    assert len(ex3_convnet.main([*TINY, "--redraw"])) == 4
+    assert (rows_of(folder), records_in(folder)) == (rows, records)
+    assert "![Runs](runs.png)" in page(folder)
+    assert (place / "runs.png").exists()
 
 
-def test_torchrun_shares_the_runs_of_a_question(project, photos, monkeypatch, capsys):
-    """Each is done once, nobody draws; what is missing is done by a second call."""
+def test_torchrun_shares_the_runs_of_a_question(project, photos):
+    """Each is done once, and nobody draws."""
     argv = [*TWO_A, f"--dataset={photos}", "--num_training=16", "--num_validation=4", "--seeds=2"]
     done = project("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                    "ex3_convnet.py", *argv, OMP_NUM_THREADS="1")
@@ -116,18 +115,6 @@ def test_torchrun_shares_the_runs_of_a_question(project, photos, monkeypatch, ca
     assert [done.stdout.count(of) for of in ("Run 1 of 2", "Run 2 of 2", "--redraw")] == [2, 2, 2]
     for title in "ConvNet, seed", "ConvNet, batch norm, seed":
         assert [done.stdout.count(f"{title} {i}: ") for i in range(3)] == [1, 1, 0]
-    monkeypatch.setattr(utils, "FOLDER", project.folder)
-    monkeypatch.setattr(ex3_convnet, "CHANNELS", (8, 8, 8, 8, 8))
-    (missing := next(place.glob("records/convnet_*_seed1*"))).unlink()
-    monkeypatch.setenv("WORLD_SIZE", "5")  # more than there are runs
-    for rank in range(5):
-        monkeypatch.setenv("RANK", str(rank))
-        assert ex3_convnet.main(argv) == []
-    assert missing.exists()
-    assert capsys.readouterr().out.count(RECORDED) == 3
-    monkeypatch.delenv("WORLD_SIZE")
-    assert len(ex3_convnet.main([*argv, "--redraw"])) == 4
-    assert (place / "figure_3_4.png").exists()
 
 
 @pytest.mark.parametrize("variables", [
@@ -142,23 +129,7 @@ def test_variables_that_do_not_tell_a_process_its_share_change_nothing(
     assert (small / "figures/synthetic-60/ex3_convnet/README.md").exists()
 
 
-def test_a_question_trains_though_its_results_are_published(
-        small_convnet, no_figures, folder, monkeypatch, capsys):
-    """On the images of CIFAR-10 (here others in their place)."""
-    shutil.copytree(ROOT / "figures/published", folder / "figures/published")
-    before = files_in(folder)
-    _, _, images, labels, _ = utils.make_synthetic(num_train=80, num_test=100)
-    monkeypatch.setattr(utils, "read_cifar10", lambda _: (images, labels))
-    monkeypatch.setattr(utils, "CIFAR10_SIZES", {"train": 60, "val": 20, "test": 100})
-    digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    monkeypatch.setattr(utils, "CIFAR10_FINGERPRINT", digest[:16])
-    shown = ex3_convnet.main(["--question=2a", "--num_epochs=1", "--precision=float32"])
-    assert len(shown) == epochs_in(capsys.readouterr().out) == 2
-    assert len([*folder.glob("figures/cifar-10/ex3_convnet/records/*")]) == 2
-    assert before.items() <= files_in(folder).items()
-
-
-def test_what_is_recorded_is_skipped_and_run_again_only_on_demand(small, capsys):
+def test_what_is_recorded_is_skipped_and_replaced_only_on_demand(small, capsys):
     ex3_convnet.main([*TWO_A, "--seeds=2"])
     first = files_in(next(small.glob("figures/*/*/records")))
     assert sorted(path.name[-10:] for path in first) == 2 * ["seed0.json"] + 2 * ["seed1.json"]
@@ -169,31 +140,14 @@ def test_what_is_recorded_is_skipped_and_run_again_only_on_demand(small, capsys)
     assert re.findall(r"Run (\d of \d)\n(ConvNet.*?): ", out) == [
         (f"{i + 1} of 6", f"ConvNet{', batch norm' * (i > 2)}, seed {i % 3}") for i in range(6)]
     assert first.items() <= files_in(small).items()
-    ex3_convnet.main([*TWO_A, "--rerun"])
-    assert (epochs_in(capsys.readouterr().out), len(records_in(small))) == (2, 6)
-
-
-def test_a_run_that_replaces_a_record_says_so_with_both_accuracies(small, capsys):
-    ex3_convnet.main(ARGV)
-    path, = small.glob("figures/*/*/records/*")
+    assert "replaces the record" not in out
+    path, = small.glob("figures/*/*/records/convnet_*seed0.json")
     result = json.loads(path.read_text())["result"]
-    change(path, result={**result, "test_accuracy": 0.123}, finished="2001-02-03T00:00:00+00:00")
-    assert "replaces the record" not in capsys.readouterr().out
-    record, = ex3_convnet.main(ARGV)
-    line, = (line for line in capsys.readouterr().out.splitlines() if "This replaces" in line)
-    assert re.findall(r"[\d.]+%", line) == ["12.3%", f"{record['result']['test_accuracy']:.1%}"]
-    assert "2001" in line
-
-
-@pytest.mark.parametrize("argv", [[], ["--question=1", "--rerun"]])
-@pytest.mark.parametrize("part", [{"result": [0.5]}, {"result": {"epoch": 1, "val_accuracy": 0.5}}])
-def test_a_damaged_or_an_older_record_in_the_place_of_a_runs_own_is_replaced(small, argv, part):
-    ex3_convnet.main(ARGV)
-    path, = small.glob("figures/*/*/records/*")
-    change(path, **part)
-    record, = ex3_convnet.main([*ARGV, *argv])
-    assert json.loads(path.read_text())["result"] == record["result"]
-    assert "test_accuracy" in record["result"]
+    change(path, result={**result, "test_accuracy": 2}, finished="2001-02-03T00:00:00+00:00")
+    ex3_convnet.main([*TWO_A, "--rerun"])
+    out = capsys.readouterr().out
+    assert (epochs_in(out), len(records_in(small))) == (2, 6)
+    assert f"2001: test 200.0% -> {result['test_accuracy']:.1%}" in out
 
 
 @pytest.mark.parametrize("place", ["figures", "figures/synthetic-60/ex3_convnet", "checkpoints"])
@@ -254,24 +208,22 @@ def test_main_returns_the_records_that_it_shows(small, weights_file, capsys):
     assert [(record["title"], record["seed"]) for record in shown] == [
         ("ConvNet, rotation", 4), *((f"VGG11-BN {of}", seed) for of in (
             "fine-tuned, weights weights", "from scratch") for seed in (0, 1))]
-    for record in shown:
-        assert {"title", "data", "classes", "seed", "identity", "result", "history", "confusion",
-                "precision", "device", "torch", "commit", "finished"} <= record.keys()
-        assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy",
-                "seconds"} <= record["history"].keys()
-        finished = datetime.fromisoformat(record["finished"])
-        assert finished.utcoffset() == timedelta(0)
-        assert abs(datetime.now(UTC) - finished) < timedelta(minutes=5)
-        assert {len(values) for values in record["history"].values()} == {2}
-        confusion, result = np.array(record["confusion"]), record["result"]
-        assert confusion.sum() == 100
-        assert result["test_accuracy"] == pytest.approx(confusion.trace() / 100)
-        assert result["val_accuracy"] == record["history"]["val_accuracy"][result["epoch"] - 1]
     paths = {path.stem: path for path in small.glob("figures/*/*/records/*")}
-    assert len(paths) == len(shown)
+    assert paths.keys() == {record["name"] for record in shown}
     for record in shown:
         kept = json.loads(paths[record["name"]].read_text())
         assert kept.items() <= json.loads(json.dumps(record)).items()
+        assert {"data", "classes", "identity", "precision", "device", "torch", "commit"} <= {*kept}
+        finished = datetime.fromisoformat(record["finished"])
+        assert finished.utcoffset() == timedelta(0)
+        assert abs(datetime.now(UTC) - finished) < timedelta(minutes=5)
+        history, result = record["history"], record["result"]
+        assert {"train_loss", "train_accuracy", "val_loss", "seconds"} <= history.keys()
+        assert {len(values) for values in history.values()} == {2}
+        confusion = np.array(record["confusion"])
+        assert confusion.sum() == 100
+        assert result["test_accuracy"] == pytest.approx(confusion.trace() / 100)
+        assert result["val_accuracy"] == history["val_accuracy"][result["epoch"] - 1]
 
 
 def test_a_ninth_technique_is_a_function_and_a_row(folder, few, monkeypatch):
