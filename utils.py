@@ -1990,7 +1990,7 @@ def make_writable(*folders):
         try:
             with atomic_write(folder / ".writable") as temporary:
                 temporary.touch()
-            (folder / ".writable").unlink()
+            (folder / ".writable").unlink(missing_ok=True)  # torchrun's other processes do the same
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror}") from error
 

@@ -113,7 +113,6 @@ def test_more_epochs_or_patience_go_on_as_if_given_at_once(run, small, less, mor
     with pytest.raises(utils.UserError, match=r"give a larger .*, or leave out --resume$") as error:
         run("convnet", "longer", *recipe, less, "--resume")
     assert less[:-2] in str(error.value)
-    assert "\n" not in str(error.value)
     assert outcome(small / "longer") == kept
 
 

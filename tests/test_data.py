@@ -247,7 +247,6 @@ def test_photos_in_val_validate_and_those_below_a_class_are_of_it(photos, name):
 
 def test_classes_are_the_same_in_another_case_and_in_another_form_of_unicode(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "bär") for form in ("NFC", "NFD"))
-    assert composed != decomposed
     write_photos(tmp_path, {"train/cat": 4, f"train/{composed}": 5, "val/CAT": 1,
                             f"val/{decomposed.title()}": 2, "test/Cat": 3, f"test/{decomposed}": 2})
     data = load(tmp_path)
@@ -381,7 +380,6 @@ TIFF = struct.pack("<2sHIH", b"II", 42, 8, 9) + b"".join(
 def test_more_than_8_bits_are_refused(tmp_path, content):
     path = tmp_path / "x"
     path.write_bytes(content)
-    Image.open(path).load()  # it is a picture
     with pytest.raises(utils.UserError, match=r"/x \(more than 8 bits a channel\)$"):
         utils.read_image(path, 32)
 

@@ -162,10 +162,9 @@ def test_a_run_equals_a_plain_loop(small, data):
 
 def test_float16_scales_the_loss_and_skips_a_step_that_overflows(small, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**21))
-    record, = ex3_convnet.main([*TINY, "--precision=float16", "--norm_flag"])
+    ex3_convnet.main([*TINY, "--precision=float16", "--norm_flag"])
     state, = checkpoints_in(small).values()
     steps, = {int(part["step"]) for part in state["optimizer"]["state"].values()}
-    assert record["precision"] == "float16"
     assert 0 < steps < 2 * 3
     assert state["scaler"]["scale"] == 2.0**(21 - (2 * 3 - steps))
     assert all(weight.isfinite().all() for weight in state["model"].values())

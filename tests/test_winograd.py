@@ -37,6 +37,13 @@ def test_results_and_gradients_are_those_of_pytorchs_convolution(
     torch.testing.assert_close(gradients, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_its_gradients_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    sizes = [(2, 3, 5, 6), (2, 3, 3, 3), (2,)]
+    inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    assert torch.autograd.gradcheck(utils.winograd_conv2d, inputs)
+
+
 def results(layer, images):
     """What a layer makes of images, without gradients."""
     with torch.inference_mode():
