@@ -193,7 +193,7 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
                  "train_accuracy": 98.2, "latest_train_accuracy": 99.0}),
         ]),
     "3a": Question(
-        asked="Which augmentation of the training images helps on plain ones?",
+        asked="Which augmentation of the training images helps on plain images?",
         title="Table 3", shared={"norm_flag": True},
         figures=("figure_6.png", "figure_6_techniques.png"),
         note="The report does not say whether its validation images were augmented; its numbers "
@@ -233,7 +233,7 @@ SUMMARY = {  # rows of summary.png: the question and the row that has them
     "batch norm + dropout 0.3": ("3b", "dropout 0.3")}
 
 def others_than(name, question):
-    """The other rows of a question, but those without batch norm, as sides of a claim."""
+    """The other rows of a question, except those without batch norm, as sides of a claim."""
     return [(row.name, "test_accuracy") for row in QUESTIONS[question].rows
             if row.name != name and "norm_flag" not in row.changes]
 
@@ -267,7 +267,7 @@ CLAIMS = [  # the report's own conclusions first
     Claim("3b", "At dropout 0.9 the network is at chance", ("dropout 0.9", "test_accuracy"), [],
           constant=10.0, below=2, report="validation 10.3", report_difference=0.3),
     # what the report leaves open
-    Claim("3a", "Not in the report: training on scaled images helps on scaled images (validation)",
+    Claim("3a", "Not in the report: trained on scaled images, it is better on scaled than on plain",
           ("scaling", "val_accuracy_augmented"), [("scaling", "val_accuracy")], above=0,
           report="76.7; it does not say on which images"),
     Claim("3b", "Not in the report: precise BN helps at dropout 0.8 (validation)",
@@ -279,7 +279,7 @@ CLAIMS = [  # the report's own conclusions first
 # =========================================== figures ===========================================
 
 def draw(number, results, folder, data):
-    """Draw the figures of a question; for one that you added its learning curves.
+    """Draw the figures of a question; one that you have added gets learning curves.
 
     results: {name: records}; data: for the picture of the techniques, or None.
     """
@@ -359,7 +359,7 @@ def plot_augmented_images(data, path, count=10):
     utils.save_figure(figure, f"The augmentation techniques on {data.name}", path)
 
 def plot_dropout(results, reports, path):
-    """Figure 7: accuracy over the dropout, whole and near the best, and the learning curves."""
+    """Figure 7: accuracy against the dropout rate, whole and zoomed, and the learning curves."""
     figure, (whole, zoom, train_curves, val_curves) = utils.new_figure(4, 2, 5.5, 3.7)
     with_norm, without_norm = {}, {}  # {dropout: records}
     for records in results.values():

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -85,19 +86,19 @@ class Data:
         return images.sub(self.mean).div_(self.std), self.labels[indices]
 
     def batches(self, indices, batch_size=None, shuffle=None, augment=None):
-        """The Batches of these images; without a size, of one that suits evaluation. shuffle: a
-        torch.Generator, or None to keep the order; augment: see make_augment."""
+        """These images in Batches. The default size suits evaluation. shuffle: a torch.Generator,
+        or None to keep the order; augment: see make_augment."""
         if shuffle is not None:
             order = torch.randperm(len(indices), generator=shuffle)
             indices = indices[order.to(indices.device, non_blocking=True)]
         parts = list(indices.split(batch_size or self.fitting(250)))
-        # Batch norm cannot train on one image: a last one that is alone joins the batch before it.
+        # Batch norm cannot train on one image: a last batch of one is merged into the one before.
         if shuffle is not None and len(parts) > 1 and len(parts[-1]) == 1 < batch_size:
             parts[-2:] = [torch.cat(parts[-2:])]
         return Batches(self, parts, augment)
 
     def fitting(self, batch_size):
-        """The batch size that needs as much memory as this one does at 32 pixels a side."""
+        """A batch size chosen for images of 32 pixels, scaled to the memory that these need."""
         return max(1, batch_size * 32**2 // self.images.shape[-1]**2)
 
 @dataclass
@@ -183,7 +184,7 @@ def read_cifar10(folder):
         rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
         images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return images, rows[:, 0].astype(np.int64)
-    socket.setdefaulttimeout(15)  # seconds without a byte
+    socket.setdefaulttimeout(15)  # give up after so many seconds of silence
     problem = ""
     for url in CIFAR10_MIRRORS:
         try:
@@ -589,7 +590,7 @@ class EarlyStopping:
         self.best_epoch = 0  # none yet
         self.best_score = -math.inf
         self.best_weights = None
-        self.longest_wait = 0  # epochs without a better one after which training went on
+        self.longest_wait = 0  # the longest streak of epochs without improvement so far
 
     @property
     def should_stop(self):
@@ -624,10 +625,10 @@ def make_stopper(settings):
     return None
 
 class Checkpoint:
-    """The files of a run's latest model, to go on from, and of its best one."""
+    """Saves a run's latest model, for resuming, and its best one."""
 
     def __init__(self, run, name, **parts):
-        """run: a Run; name: the network's, in the files' names; parts: all that changes in training
+        """run: a Run; name: a part of the files' names; parts: all that changes in training
         and has a state_dict(), or None."""
         self.run = run
         self.latest = run.checkpoint_folder / f"latest_model_{name}.ckpt"
@@ -698,7 +699,7 @@ def load_checkpoint(path):
 
 @contextmanager
 def atomic_write(path):
-    """A temporary path that becomes `path` when all is well: no file is half-written."""
+    """A temporary path that becomes `path` if no exception occurs: no file is half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{time.time_ns()}.tmp")
     try:
@@ -718,7 +719,7 @@ class Run:
         ones."""
         self.settings = settings
         self.num_images = len(data.train)
-        self.epoch = 0  # the last that is done
+        self.epoch = 0  # the last completed one
         self.history = {}  # {quantity: a number per epoch}
         self.model = model
         self.filters = first_filters(model)  # before the training
@@ -739,7 +740,7 @@ class Run:
             "torch": str(torch.__version__), "commit": git_commit(f"{settings.script}.py")}
 
     def is_recorded(self):
-        """Whether a question can do without this run, since its record is there."""
+        """Whether a question can skip this run, as its record is there."""
         if self.settings.question == "none" or self.settings.rerun:
             return False
         try:
@@ -761,8 +762,8 @@ class Run:
               f"{about['precision']}")
         num_val = about["identity"]["data"]["val"]
         if self.settings.earlystop and num_val < 100:
-            print(f"{plural(num_val, 'validation image')} are too few to tell which epoch is "
-                  "the best: use a hundred or more, or --earlystop=False")
+            print(f"{plural(num_val, 'validation image')}: too few to tell which epoch is the "
+                  "best; use a hundred or more, or --earlystop=False")
 
     def log_epoch(self, epoch, numbers):
         """Keep the numbers of an epoch, {quantity: number}, and print them. Raises UserError if a
@@ -805,7 +806,7 @@ class Run:
                   "finished": datetime.now(UTC).isoformat()}
         with atomic_write(self.record_path) as temporary:
             temporary.write_text(json.dumps(record))
-        print(f"{'Best' if best_epoch else 'Last'} model, of epoch {epoch}: train accuracy "
+        print(f"{'Best' if best_epoch else 'Last'} model (epoch {epoch}): train accuracy "
               f"{result['train_accuracy']:.1%}, validation {result['val_accuracy']:.1%}, test "
               f"{best['accuracy']:.1%} (first 1,000 images {best['accuracy_first_1000']:.1%})")
         if best_epoch and self.epoch < self.settings.num_epochs:
@@ -863,9 +864,14 @@ def is_off(value):
     return value in (False, 0, None, "none", "auto", {}, [])
 
 def describe_layers(model):
-    """Name, class and plain attributes of each layer."""
-    return [canonical({**vars(layer), "layer": name, "class": type(layer).__name__})
-            for name, layer in model.named_modules()]
+    """Name, class and plain attributes of each layer, and whether its bias is switched off."""
+    layers = []
+    for name, layer in model.named_modules():
+        no_bias = "bias" in layer._parameters and layer.bias is None
+        attributes = {**vars(layer), "no_bias": no_bias, "layer": name,
+                      "class": type(layer).__name__}
+        layers.append(canonical(attributes))
+    return layers
 
 def digest_of(identity):
     """Eight hex digits for an identity."""
@@ -914,7 +920,7 @@ def finished(record):
 
 def load_records(folder):
     """All records in a folder, one of each identity and seed: where there are more, the latest.
-    What is left out is named."""
+    Prints which files are skipped."""
     records = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -998,7 +1004,7 @@ def leaves(value, path=""):
     return found
 
 def differs(name, descriptions):
-    """Whether the dicts that have a quantity disagree on it."""
+    """Whether a key has several values in these dicts, where they have it."""
     values = [description[name] for description in descriptions if name in description]
     return any(value != values[0] for value in values)
 
@@ -1146,8 +1152,8 @@ def new_figure(count, columns, width, height, **sharing):
     return figure, list(axes.flat[:count])
 
 def save_figure(figure, title, path, records=(), legend=()):
-    """Save as PNG with a caption of the records and one legend, below, of the axes `legend`; in a
-    notebook show it."""
+    """Save as PNG with a caption of the records and, below, one legend shared by the axes `legend`;
+    in a notebook show it."""
     if records:
         title += "\n" + textwrap.fill(caption(records), int(11 * figure.get_figwidth()))
     figure.suptitle(drawable(title), fontsize=11, wrap=True)
@@ -1233,7 +1239,7 @@ def plot_classes(records, path, title, data=None):
     axis = figure.add_subplot(grid[:, :2])
     axis.imshow(confusion, cmap="Greys", vmin=0, vmax=100)
     axis.set(xlabel="predicted", ylabel="true class", xticks=[], yticks=[])
-    if len(confusion) <= 15:  # more could not be read
+    if len(confusion) <= 15:  # more would be illegible
         for row, column in np.ndindex(confusion.shape):
             axis.text(column, row, f"{confusion[row, column]:.0f}", ha="center", va="center",
                       color="white" if confusion[row, column] > 50 else "black")
@@ -1317,12 +1323,12 @@ def plot_learning_curves(runs, title, path, reports=None, lowest=0):
     save_figure(figure, title, path, sum(runs.values(), []), axes[1::2])
 
 def draw_dots(axis, rows, colors):
-    """Test accuracies, a line for each of the rows (label, records): a dot a seed, and their mean
-    with its number."""
+    """Test accuracies, a line for each of the rows (label, records): one dot per seed, and their
+    mean with its number."""
     for y, ((_, records), color) in enumerate(zip(rows, colors)):
         accuracies = values_of(records, "test_accuracy")
         mean = np.mean(accuracies)
-        axis.plot(accuracies, [y] * len(accuracies), "o", color=color, alpha=0.45, label="a seed")
+        axis.plot(accuracies, [y] * len(accuracies), "o", color=color, alpha=0.45, label="one seed")
         axis.plot([mean, mean], [y - 0.17, y + 0.17], color=color, linewidth=3, label="mean")
         axis.annotate(f"{mean:.1f}", (mean, y - 0.2), ha="center", va="bottom", color=color)
     axis.set(xlabel="test accuracy (%)", ylim=(len(rows) - 0.5, -0.7))
@@ -1428,10 +1434,12 @@ class Question:
         leaves no difference between the rows."""
         shared = {name: value for name, value in self.shared.items() if name not in settings.given}
         rows = {row.name: settings.replace(**shared).replace(**row.changes) for row in self.rows}
-        of_all_rows = set.intersection(*(set(row.changes) for row in self.rows))
-        if of_all_rows & settings.given or len(without_repeats(rows.values())) < len(rows):
-            raise UserError(f'a setting given on the command line is one in which the runs of the '
-                            f'question "{self.asked}" differ', 2)
+        for name in sorted(settings.given):
+            if all(name in row.changes for row in self.rows):
+                raise UserError(f'--{name} cannot be given with the question "{self.asked}", whose '
+                                "runs have values of their own", 2)
+        if len(without_repeats(rows.values())) < len(rows):
+            raise UserError(f'with these flags runs of the question "{self.asked}" are the same', 2)
         return rows
 
 def without_repeats(items):
@@ -1476,12 +1484,17 @@ def find_results(settings, questions, records, trained):
     the records of the runs that were just trained."""
     results, sentences = {}, []
     for number, question in questions.items():
-        with suppress(UserError):
-            for name, row in question.settings_of_rows(settings).items():
-                matching = [record for record in records if fits(record, row)]
-                if matching:
-                    results.setdefault(number, {})[name] = choose_experiment(matching, trained)
-                    sentences += tell_others(matching, results[number][name])
+        try:
+            rows = question.settings_of_rows(settings)
+        except UserError as error:
+            if settings.question == "all":
+                sentences.append(f"Left out: question {number}, as {error}")
+            continue
+        for name, row in rows.items():
+            matching = [record for record in records if fits(record, row)]
+            if matching:
+                results.setdefault(number, {})[name] = choose_experiment(matching, trained)
+                sentences += tell_others(matching, results[number][name])
     shown = {(digest_of(record["identity"]), record["seed"]) for record in all_records(results)}
     others = len(records) - len(shown)
     if others and results:
@@ -1558,7 +1571,7 @@ def compare_numbers(questions, results):
     if not differences:
         return ""
     near = sum(difference <= 3 for difference in differences)
-    return (f"Of {len(differences)} accuracies of the report {near} are within three points of "
+    return (f"{near} of the report's {len(differences)} accuracies are within three points of "
             f"ours; the median difference is {np.median(differences):.1f} points.")
 
 def page_lines(title, questions, results, verdicts, folder):
@@ -1566,8 +1579,8 @@ def page_lines(title, questions, results, verdicts, folder):
     records = all_records(results)
     with_report = has_report(records)
     lines = [f"# {records[0]['data']}: {title}", "",
-             f"{caption(records)}. Accuracies are in %, after ± the standard deviation over the "
-             "seeds; differences are in points of accuracy, in brackets the 95 % interval.", ""]
+             f"{caption(records)}. Accuracies are in %; ± is the standard deviation over the "
+             "seeds. Differences are in points of accuracy, with 95 % intervals in brackets.", ""]
     lines += [f"![{name}]({name})\n" for name in ("summary.png", "same_conclusions.png")
               if (folder / name).exists()]
     if with_report:
@@ -1578,7 +1591,8 @@ def page_lines(title, questions, results, verdicts, folder):
         lines += [claim_line(verdict, with_report) for verdict in verdicts
                   if verdict.claim.question == number]
         lines += ["", *table_lines(question, rows)] if question.columns else [""]
-        lines += [f"![{name}]({name})\n" for name in question.figures if (folder / name).exists()]
+        figures = question.figures or (f"figure_{number}.png",)  # of a question that you added
+        lines += [f"![{name}]({name})\n" for name in figures if (folder / name).exists()]
     return lines
 
 
@@ -1589,7 +1603,7 @@ def page_lines(title, questions, results, verdicts, folder):
 MIN_SEEDS = 3  # for a verdict
 MARKS = {"does not hold": "✗", "undecided": "?", "not measured": "?", "too few seeds": "?",
          "holds": "✓"}
-PRECEDENCE = ["does not hold", "undecided", "not measured", "too few seeds", "holds"]
+PRECEDENCE = ["does not hold", "undecided", "too few seeds", "holds"]  # of several comparisons
 
 @dataclass
 class Claim:
@@ -1608,7 +1622,7 @@ class Claim:
 
 @dataclass
 class Verdict:
-    """What the seeds say of a claim, by the comparison that decides it."""
+    """The outcome for a claim, and the comparison that decided it."""
 
     claim: Claim
     word: str  # a key of MARKS
@@ -1714,12 +1728,12 @@ def claim_line(verdict, with_report):
 
 # ========== settings ==========
 # A setting is a name that is assigned at the top of a script, above "# --- end of settings". The
-# comment behind it is the help text of the flag of the same name.
+# comment after it is the help text of the flag of the same name.
 
 SETTING = re.compile(r"^(\w+)(?:: *\w+)? = .*?(?:  # (.*))?$", re.MULTILINE)
 
 def wrong_value(text, words):
-    """The error of a text that is no value of a setting; argparse adds the setting's name."""
+    """The error for an invalid value; argparse adds the name of the setting."""
     return argparse.ArgumentTypeError(f"{text!r} must be {words}")
 
 def boolean(text):
@@ -1897,7 +1911,7 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
     return shown
 
 def show_questions(settings, questions, claims, summary, results, draw, folder, data, failed):
-    """Draw the questions that are asked, and those of which two rows have records; write the page.
+    """Draw the questions that are asked, and those with two recorded rows; write the page.
     Returns the records. A figure that fails adds a sentence to `failed`."""
     results = {number: rows for number, rows in results.items()
                if settings.question in (number, "all") or len(rows) > 1}
@@ -1977,15 +1991,15 @@ def train_all(runs, train, data, dtype):
     return records, without_repeats(failed)
 
 def rank_and_processes():
-    """The number of this process among those of torchrun, and how many they are; else 0 and 1."""
+    """This process's rank and the number of processes; 0 and 1 without torchrun."""
     rank, processes = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if rank.isdecimal() and processes.isdecimal() and int(rank) < int(processes):
         return int(rank), int(processes)
     return 0, 1
 
 def make_writable(*folders):
-    """Make the folders, if they are not there. Raises UserError if one cannot be written: better
-    now than after the training."""
+    """Make the folders, if they are not there. Raises UserError if one cannot be written, so
+    that we fail before the training."""
     for folder in folders:
         try:
             with atomic_write(folder / ".writable") as temporary:
@@ -1996,12 +2010,13 @@ def make_writable(*folders):
 
 @contextmanager
 def drawing(failed):
-    """Draw in our style. A figure that fails costs neither record nor table: it adds a sentence to
+    """Draw in our style. A figure that fails loses neither record nor table: it adds a sentence to
     `failed`."""
     try:
         with plt.style.context(STYLE):
             yield
-    except Exception as error:  # of matplotlib, or of a disk
+    except Exception as error:  # of matplotlib, of a disk, of a figure that you have changed
+        traceback.print_exc()
         failed.append(f"not all figures are drawn ({type(error).__name__}: {error})")
 
 def write_page(lines, folder):
@@ -2015,7 +2030,7 @@ def run_script(main):
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 - None: closed by >&-
         setattr(sys, name, stream)
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
+        if hasattr(stream, "reconfigure"):  # not in notebooks
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
@@ -2114,7 +2129,7 @@ def choose_device(settings):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name}: {str(error).splitlines()[0]}", 2) from error
     torch.backends.cudnn.benchmark = not settings.deterministic
-    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
+    torch.backends.cudnn.allow_tf32 = False  # no TF32 in its place
     torch.use_deterministic_algorithms(settings.deterministic and device.type == "cuda")
     keep_freed_memory()
     if device.type == "cuda":
@@ -2151,11 +2166,15 @@ def prepare_model(model, settings, dtype):
     """Make a network fast on its device, in place."""
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)  # as convolutions are fastest
-    if device.type == "cpu" and dtype == torch.float32:
+    if dtype == torch.float32 and winograd_pays(device):
         use_winograd(model)
     if settings.compile:
         torch._dynamo.config.cache_size_limit = 64  # the runs of a question share code
         model.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
+
+def winograd_pays(device):
+    """Whether winograd_conv2d is faster: with AVX2 1.3 to 2 times, with AVX512 0.9 to 1 times."""
+    return device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 def use_winograd(model):
     """Let the 3x3 convolutions of a network compute by winograd_conv2d, in place, where it pays:

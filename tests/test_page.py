@@ -114,7 +114,7 @@ def test_the_reports_numbers_stand_beside_full_cifar_10_only(folder, figures, ch
     write_records(folder, records)
     ex3_convnet.main(["--redraw", "--question=2a"])
     page = (folder / "figures/cifar-10/ex3_convnet/README.md").read_text(encoding="utf-8")
-    words = ("(report ", "accuracies of the report", "Report: test 79.9")
+    words = ("(report ", "accuracies are within three", "Report: test 79.9")
     assert [word in page for word in words] == [beside] * 3
     lines = [line for figure in figures for axis in figure.axes for line in axis.lines]
     assert ("D" in [line.get_marker() for line in lines]) == beside
