@@ -294,7 +294,7 @@ def test_below_a_hundred_validation_images_the_best_epoch_is_called_in_question(
     monkeypatch.setattr(utils, "make_synthetic", lambda: (*made, sizes))
     ex3_convnet.main([*TINY, "--num_validation=0", *argv])
     output = capsys.readouterr().out
-    assert (f"{val} validation images are too few to tell which epoch" in output) == told
+    assert (f"{val} validation images: too few to tell which epoch" in output) == told
 
 
 @pytest.mark.parametrize(("dogs", "told"), [(9, True), (8, False)])
