@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -59,13 +58,6 @@ def return_freed_memory():
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that glibc raises it to by itself
         mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
-
-
-def matrix_rate(device, dtype):
-    """The rate (GFLOP/s) at which the machine multiplies two large square matrices."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    return 2e-9 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(4))
 
 
 def our_loop(network, data, augmentation, device, dtype, settings):
@@ -123,14 +115,10 @@ def measure(name, data, device, dtype, settings):
         mine = seconds(ours, device)
         return_freed_memory()
         torch.backends.cudnn.allow_tf32 = True  # as it is by default
-        times.append((mine, seconds(plain, device),
-                      max(matrix_rate(device, of) for of in {dtype, torch.float32})))
-    mine, plainly, best = map(statistics.median, zip(*times[1:]))  # the first: warm-up
-    with FlopCounterMode(display=False) as counter:
-        network().to(device).eval()(data.batch(data.train[:1])[0]).sum().backward()
-    rate = 1e-9 * counter.get_total_flops() * len(data.train) / mine
+        times.append((mine, seconds(plain, device)))
+    mine, plainly = map(statistics.median, zip(*times[1:]))  # the first is a warm-up
     print(f"| {name} | {len(data.train) / mine:,.0f} | {len(data.train) / plainly:,.0f} "
-          f"| {plainly / mine:.2f}x | {rate:,.0f} | {rate / best:.0%} |", flush=True)
+          f"| {plainly / mine:.2f}x |", flush=True)
 
 
 def main():
@@ -141,8 +129,7 @@ def main():
     data.train = data.train[:20 * BATCH if device.type == "cuda" else 2 * BATCH]
     print(f"{utils.describe_device(device)}, PyTorch {torch.__version__}; ours in {dtype}, the "
           f"plain loop in float32; median of {ROUNDS} rounds of {len(data.train):,} images\n\n"
-          "| network | ours, images/s | plain, images/s | ratio | ours, GFLOP/s | of the best "
-          "matrix rate |\n" + "|---" * 6 + "|")
+          "| network | ours, images/s | plain, images/s | ratio |\n|---|---|---|---|")
     for name, (_, augmentation) in ROWS.items():
         measure(name, data, device, dtype, settings)
         if device.type == "cuda" and augmentation == "none":

@@ -195,25 +195,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [*tmp_path.iterdir()] == [path]
 
 
-@pytest.mark.parametrize(("last", "on_disk"), [(2, []), (3, [3]), (5, [3]), (6, [6])])
-def test_checkpoints_are_written_every_ten_seconds(small, monkeypatch, last, on_disk):
-    """Here, where each epoch takes four seconds, and Ctrl-C comes in the one after the last."""
-    seconds = iter(range(0, 100, 4))
-    clock = SimpleNamespace(now=next(seconds), time_ns=time.time_ns)
-    clock.perf_counter = lambda: clock.now
-    seed_epoch = utils.seed_epoch
-
-    def begin_epoch(*arguments):
-        clock.now = next(seconds)
-        return seed_epoch(*arguments)
-
-    monkeypatch.setattr(utils, "time", clock)
-    monkeypatch.setattr(utils, "seed_epoch", begin_epoch)
-    with interrupted(last + 1):
-        ex3_convnet.main([*TINY, "--num_epochs=9"])
-    assert [state["epoch"] for state in checkpoints_in(small).values()] == on_disk
-
-
 @pytest.fixture
 def command(project, photos):
     """A run of the convnet that never ends, in a copy of the project that saves each epoch."""

@@ -167,18 +167,6 @@ def test_a_figure_compares_the_last_six_runs(folder, figures):
     assert len(dots.get_yticks()) == 6
 
 
-@pytest.mark.parametrize(("classes", "texts"), [(2, 4), (10, 100), (20, 0)])
-def test_a_matrix_of_many_classes_has_no_numbers(folder, figures, classes, texts):
-    record = {**published()[0], "classes": [f"class {i}" for i in range(classes)], "mistakes": [],
-              "confusion": [[3] * classes, *[[0] * classes] * (classes - 1)]}
-    utils.plot_classes([record], folder / "classes.png", "title")
-    axis, = figures[0].axes
-    assert len(axis.get_xticklabels()) == (classes if texts else 0)
-    shown = [text.get_text() for text in axis.texts]
-    expected = [f"{100 / classes:.0f}"] * classes + ["0"] * (classes**2 - classes)
-    assert shown == expected[:texts]
-
-
 def test_beside_the_matrix_stand_the_mistakes(folder, few, figures, small_convnet):
     """Each picture is a test image that the network in the checkpoint takes for another class."""
     ex3_convnet.main(TINY)
