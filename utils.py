@@ -159,7 +159,8 @@ def read_data(settings):
     folder = Path(settings.dataset).resolve()
     if settings.dataset == "cifar10":
         folder = FOLDER / "datasets"
-    if settings.dataset == "cifar10" or any(folder.glob("cifar-10-*")):
+    holds_cifar10 = any(folder.glob("cifar-10-batches-*")) or (folder / CIFAR10.filename).exists()
+    if settings.dataset == "cifar10" or holds_cifar10:
         return "CIFAR-10", CIFAR10_CLASSES, *read_cifar10(folder), CIFAR10_SIZES
     return read_image_folder(folder, settings.image_size)
 
@@ -880,7 +881,7 @@ def digest_of(identity):
 def record_name(title, identity, settings):
     """The name of the record, figures and checkpoints of a run."""
     name = f"{slug(title)}_{digest_of(identity)}_seed{settings.seed}"
-    return name if settings.note == "none" else f"{name}_{slug(settings.note)}"
+    return name if settings.note == "none" else f"{name}_{slug(settings.note)[:60]}"
 
 def slug(text):
     """A text as part of a file name: "ConvNet, batch norm" becomes "convnet-batch-norm"."""
@@ -903,11 +904,19 @@ def load_record(path):
              "identity": dict, "result": dict, "history": dict, "filters": dict, "confusion": list}
     try:
         record = json.loads(path.read_bytes())
+        identity, result, history = record["identity"], record["result"], record["history"]
+        names = [identity["layers"][0]["class"], identity["optimizer"][0]["name"],
+                 identity["schedule"]["name"]]
+        sizes = [identity["data"]["train"], result["model_size"], result["epoch"]]
+        accuracies = [value for name, value in result.items() if "accuracy" in name]
         fits = [isinstance(record[key], kind) for key, kind in types.items()]
-        fits.append({"settings", "layers", "optimizer", "data"} <= record["identity"].keys())
-        fits.append({"epoch", "val_accuracy", "test_accuracy"} <= record["result"].keys())
-        fits.append({"val_loss", "val_accuracy", "seconds"} <= record["history"].keys())
-        finished(record)
+        fits += [isinstance(name, str) for name in names] + [size > 0 for size in sizes]
+        fits += [0 <= accuracy <= 1 for accuracy in [*accuracies, *history["val_accuracy"]]]
+        fits.append({"val_accuracy", "test_accuracy"} <= result.keys())
+        fits.append(0 < len(history["val_loss"]) == len(history["val_accuracy"]))
+        fits.append(sum(history["seconds"]) >= 0)
+        fits.append(canonical(record.get("settings", identity["settings"])) == identity["settings"])
+        fits.append(finished(record).tzinfo is not None)
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         fits = [False]
     if not all(fits):
@@ -927,6 +936,10 @@ def load_records(folder):
             record = load_record(path)
         except UserError as error:
             print(error, file=sys.stderr)
+            continue
+        data, script = record["data"], record["identity"]["script"]
+        if script != folder.parent.name or not folder.parent.parent.name.startswith(slug(data)):
+            print(f"{path} is left out: it is of {script}.py on {data}", file=sys.stderr)
             continue
         key = digest_of(record["identity"]), record["seed"]
         if key in records:
@@ -1730,7 +1743,7 @@ def claim_line(verdict, with_report):
 # A setting is a name that is assigned at the top of a script, above "# --- end of settings". The
 # comment after it is the help text of the flag of the same name.
 
-SETTING = re.compile(r"^(\w+)(?:: *\w+)? = .*?(?:  # (.*))?$", re.MULTILINE)
+SETTING = re.compile(r"^(\w+)(?:: *\w+)? *=(?!=).*?(?:  # (.*))?$", re.MULTILINE)
 
 def wrong_value(text, words):
     """The error for an invalid value; argparse adds the name of the setting."""
