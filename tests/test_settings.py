@@ -29,9 +29,9 @@ def edit(tmp_path):
 @pytest.mark.parametrize(("text", "flag", "expected"), [
     ("norm_flag = True", "--norm_flag=False", False), ("norm_flag = False", "--norm_flag", True),
     ('norm_flag = "False"', "", False), ("norm_flag = 1", "", True), ("dropout = 0", "", 0),
-    ("dropout=.3", "", 0.3), ("dropout = 0", "--dropout=.3", .3), ("dropout = .3", "--dropout=0", 0),
+    ("dropout=.3", "", 0.3), ("dropout = 0", "--dropout=0.3", 0.3),
     ("dropout: float = 0.3", "", 0.3), ("dropout: float = 0.0  # hm", "--dropout=.5", 0.5),
-    ("dropout = (0.25\n           + 0.5)  # two lines", "", 0.75),
+    ("dropout = (0.25\n           + 0.5)  # two lines", "", 0.75), ("dropout = .3", "--dropout=0", 0),
     ("dropout = 0.3  # 30% are off\n# dropout = 0.5", "", 0.3),
     ("num_epochs = 2e0", "", 2), ("num_epochs = 20", "--num_epochs=3e0", 3),
     ("patience = None", "", 0), ("num_training = None", "--num_training=50", 50),
