@@ -124,7 +124,10 @@ def load_data(settings, mean, std, device):
     are for validation (0: as the data set has it), the first num_training for training (0: all
     others). Raises UserError."""
     name, classes, images, labels, sizes = read_data(settings)
-    fingerprint = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
+    content = images.tobytes() + labels.tobytes()
+    if name not in DATA_NAMES.values():  # of one's own images the classes may be renamed
+        content += repr(classes).encode()
+    fingerprint = hashlib.sha256(content).hexdigest()[:16]
     if name == "CIFAR-10" and fingerprint != CIFAR10_FINGERPRINT:
         raise UserError("the files of CIFAR-10 are damaged: delete them")
     first_test = sizes["train"] + sizes["val"]
@@ -233,6 +236,12 @@ def read_image_folder(folder, size):
     if repeated:
         print(f"{repeated:,} of {len(images) - sizes['train']:,} validation and test images are "
               "in the training set, too: the accuracy on them says nothing about new images")
+    classes_of = {}  # {pixels: names of classes}
+    for image, name in zip(images, names):
+        classes_of.setdefault(image.tobytes(), set()).add(name)
+    ambiguous = sum(len(found) > 1 for found in classes_of.values())
+    if ambiguous:
+        print(f"{plural(ambiguous, 'image')} in the folders of several classes at once")
     name = f"{folder.name} (folder)" if folder.name in DATA_NAMES.values() else folder.name
     return name, classes, images, np.array([classes.index(name) for name in names]), sizes
 
