@@ -1563,7 +1563,7 @@ def missing_runs(settings, questions, results):
             seeds -= {record["seed"] for record in records}
             missing += [f"{name}, seed {seed}" for seed in sorted(seeds)]
         if missing:
-            sentences.append(f"question {number} lacks records of {'; '.join(missing)}")
+            sentences.append(f"question {number} lacks these runs: {'; '.join(missing)}")
     return sentences
 
 def table_lines(question, results):
