@@ -121,7 +121,7 @@ def train(settings, data, dtype):
     run = utils.Run(settings, run_title(settings), data, dtype, model, optimizer, scheduler)
     if run.is_recorded():
         return utils.load_record(run.record_path)
-    run.show_start(model)
+    run.show_start()
     utils.prepare_model(model, settings, dtype)
     checkpoint = utils.Checkpoint(run, checkpoint_name(settings), model=model, stopper=stopper,
                                   optimizer=optimizer, scheduler=scheduler, scaler=scaler)

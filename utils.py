@@ -124,10 +124,11 @@ def load_data(settings, mean, std, device):
     are for validation (0: as the data set has it), the first num_training for training (0: all
     others). Raises UserError."""
     name, classes, images, labels, sizes = read_data(settings)
-    content = images.tobytes() + labels.tobytes()
+    digest = hashlib.sha256(images.tobytes())
+    digest.update(labels.tobytes())
     if name not in DATA_NAMES.values():  # of one's own images the classes may be renamed
-        content += repr(classes).encode()
-    fingerprint = hashlib.sha256(content).hexdigest()[:16]
+        digest.update(repr(classes).encode())
+    fingerprint = digest.hexdigest()[:16]
     if name == "CIFAR-10" and fingerprint != CIFAR10_FINGERPRINT:
         raise UserError("the files of CIFAR-10 are damaged: delete them")
     first_test = sizes["train"] + sizes["val"]
@@ -761,12 +762,12 @@ class Run:
               "trains it again, for example after a change of a layer's code or of the loss)")
         return True
 
-    def show_start(self, model):
+    def show_start(self):
         """Print what is trained, on what."""
         about, side = self.metadata, self.settings.image_size
         if self.settings.question in ("none", "1"):
             # It runs random images through the model: so it gets a copy, in eval mode.
-            summary(copy.deepcopy(model).cpu().eval(), (3, side, side), device="cpu")
+            summary(copy.deepcopy(self.model).cpu().eval(), (3, side, side), device="cpu")
         print(f"{about['title']}, seed {about['seed']}: {self.model_size:,} trainable parameters; "
               f"{about['data']}, {plural(self.num_images, 'training image')}; {about['device']}, "
               f"{about['precision']}")
@@ -1515,10 +1516,12 @@ def find_results(settings, questions, records, trained):
         for name, row in rows.items():
             matching = [record for record in records if fits(record, row)]
             if matching:
-                results.setdefault(number, {})[name] = choose_experiment(matching, trained)
-                sentences += tell_others(matching, results[number][name])
-    shown = {(digest_of(record["identity"]), record["seed"]) for record in all_records(results)}
-    others = len(records) - len(shown)
+                experiments = group_experiments(matching)
+                shown = choose_experiment(experiments, trained)
+                results.setdefault(number, {})[name] = shown.records
+                sentences += tell_others(experiments, shown)
+    runs = {(digest_of(record["identity"]), record["seed"]) for record in all_records(results)}
+    others = len(records) - len(runs)
     if others and results:
         sentences.append(f"Left out: {plural(others, 'record')} of other settings (--redraw "
                          "without a question shows all)")
@@ -1533,24 +1536,21 @@ def fits(record, settings):
             and ("weights" in identity) == (settings.pretrained != "none")
             and settings.precision in ("auto", identity.get("precision")))
 
-def choose_experiment(records, trained):
-    """Of records with the same settings those of one identity: of the one that was just trained, or
-    else the one with the most seeds (of equal ones the latest)."""
-    experiments = group_experiments(records)
+def choose_experiment(experiments, trained):
+    """Of experiments with the same settings the one that was just trained, or else the one with the
+    most seeds (of equal ones the latest)."""
     just_trained = {digest_of(record["identity"]) for record in trained}
-    chosen = [experiment.records for experiment in experiments
+    chosen = [experiment for experiment in experiments
               if digest_of(experiment.records[0]["identity"]) in just_trained]
     if not chosen:
-        chosen = sorted((experiment.records for experiment in experiments), key=len)
+        chosen = sorted(experiments, key=lambda experiment: len(experiment.records))
     return chosen[-1]
 
-def tell_others(records, shown):
-    """A sentence for each identity among the records but the one that is shown."""
-    experiments = group_experiments(records)
-    name = next(experiment.name for experiment in experiments if experiment.records[0] in shown)
-    return [f"{records[0]['title']}: {plural(len(shown), 'run')} with {name} shown, "
-            f"{plural(len(other.records), 'run')} with {other.name} left out"
-            for other in experiments if other.records[0] not in shown]
+def tell_others(experiments, shown):
+    """A sentence for each of the experiments but the one that is shown."""
+    return [f"{shown.records[0]['title']}: {plural(len(shown.records), 'run')} with {shown.name} "
+            f"shown, {plural(len(other.records), 'run')} with {other.name} left out"
+            for other in experiments if other is not shown]
 
 def missing_runs(settings, questions, results):
     """A sentence for each question asked that lacks records: of rows, or of seeds asked for."""
