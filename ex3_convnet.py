@@ -125,7 +125,7 @@ def train(settings, data, dtype):
     utils.prepare_model(model, settings, dtype)
     checkpoint = utils.Checkpoint(run, checkpoint_name(settings), model=model, stopper=stopper,
                                   optimizer=optimizer, scheduler=scheduler, scaler=scaler)
-    checkpoint.restore_or_set_aside()
+    checkpoint.restore()
 
     for epoch in range(run.epoch + 1, settings.num_epochs + 1):
         if stopper and stopper.should_stop:
@@ -186,11 +186,11 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
                  "latest model, train": "latest_train_accuracy"},
         rows=[
             Row("early stopping, without batch norm", {"earlystop": True, "norm_flag": False},
-                {"best_epoch": 23, "val_accuracy": 81.5, "latest_val_accuracy": 79.6,
-                 "train_accuracy": 97.0, "latest_train_accuracy": 99.6}),
+                {"best_epoch": 23, "val_accuracy": 81.5, "train_accuracy": 97.0,
+                 "last_epoch": 33, "latest_val_accuracy": 79.6, "latest_train_accuracy": 99.6}),
             Row("early stopping, with batch norm", {"earlystop": True, "norm_flag": True},
-                {"best_epoch": 20, "val_accuracy": 84.9, "latest_val_accuracy": 81.8,
-                 "train_accuracy": 98.2, "latest_train_accuracy": 99.0}),
+                {"best_epoch": 20, "val_accuracy": 84.9, "train_accuracy": 98.2,
+                 "last_epoch": 30, "latest_val_accuracy": 81.8, "latest_train_accuracy": 99.0}),
         ]),
     "3a": Question(
         asked="Which augmentation of the training images helps on plain images?",
@@ -306,12 +306,12 @@ def plot_early_stopping(results, reports, path):
     """Figure 5: accuracy curves; a star is a seed's best epoch, a square where it stopped early."""
     figure, axes = utils.new_figure(len(results), 2, 5, 3.6, sharey=True)
     for axis, (name, records) in zip(axes, results.items()):
-        utils.draw_curves(axis, records, "accuracy")
+        utils.draw_curves(axis, records, ["train_accuracy", "val_accuracy"])
         utils.draw_report(axis, reports[name], len(records[0]["history"]["val_loss"]))
         for record in records:
             accuracy = utils.curve_of(record, "val_accuracy")
             waited = len(accuracy) - (record["result"]["best_epoch"] or len(accuracy))
-            if 0 < record["identity"]["settings"].get("patience", 0) <= waited:
+            if 0 < record["settings"].get("patience", 0) <= waited:
                 axis.plot(len(accuracy), accuracy[-1], "ks", markersize=5, label="early stop")
         axis.set_title(name, fontsize=10)
         if reports[name]:
@@ -322,7 +322,8 @@ def plot_techniques(results, reports, path):
     """Figure 6: the learning curves of each technique, with its accuracies of Table 3."""
     figure, axes = utils.new_figure(len(results), 3, 3.4, 2.6, sharex=True, sharey=True)
     for axis, (name, records) in zip(axes, results.items()):
-        utils.draw_curves(axis, records, "accuracy", utils.CURVES)
+        utils.draw_curves(axis, records, ["train_accuracy", "val_accuracy",
+                                          "val_accuracy_augmented"])
         utils.draw_report(axis, reports[name], len(records[0]["history"]["val_loss"]))
         plain = np.mean(utils.values_of(records, "val_accuracy"))
         augmented = np.mean(utils.values_of(records, "val_accuracy_augmented"))
@@ -363,7 +364,7 @@ def plot_dropout(results, reports, path):
     figure, (whole, zoom, train_curves, val_curves) = utils.new_figure(4, 2, 5.5, 3.7)
     with_norm, without_norm = {}, {}  # {dropout: records}
     for records in results.values():
-        settings = records[0]["identity"]["settings"]
+        settings = records[0]["settings"]
         rows = with_norm if settings.get("norm_flag") else without_norm
         rows[settings.get("dropout", 0)] = records
     lines = [
@@ -382,7 +383,7 @@ def plot_dropout(results, reports, path):
             if points:
                 axis.errorbar(list(points), means, deviations, capsize=3, label=label, **style)
         for name, report in reports.items():
-            rate = results[name][0]["identity"]["settings"].get("dropout", 0)
+            rate = results[name][0]["settings"].get("dropout", 0)
             utils.draw_report(axis, report, rate)
         axis.set(xlabel="dropout", ylabel="accuracy of the last epoch (%)", ylim=(0, 101))
         axis.grid(True)
@@ -394,7 +395,7 @@ def plot_dropout(results, reports, path):
                              (val_curves, "val_accuracy", "validation")):
         for rate in sorted(with_norm):
             curve = utils.mean_curve([utils.curve_of(record, key) for record in with_norm[rate]])
-            utils.draw_curve(axis, curve, {"color": colormap(rate)}, 1.4, f"{rate:g}")
+            utils.draw_curve(axis, curve, 1.4, color=colormap(rate), label=f"{rate:g}")
         axis.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{label}, mean of the seeds",
                  ylim=(0, 101))
         axis.xaxis.get_major_locator().set_params(integer=True)

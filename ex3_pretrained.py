@@ -232,7 +232,7 @@ def train(settings, data, dtype):
     utils.prepare_model(model, settings, dtype)
     checkpoint = utils.Checkpoint(run, checkpoint_name(settings), model=model, stopper=stopper,
                                   optimizer=optimizer, scheduler=scheduler, scaler=scaler)
-    checkpoint.restore_or_set_aside()
+    checkpoint.restore()
     net, data = cache_features(model, data, settings.augmentation, dtype)
 
     for epoch in range(run.epoch + 1, settings.num_epochs + 1):
@@ -336,6 +336,9 @@ def check(settings):
     if settings.pretrained == "none" and not settings.fine_tune:
         raise utils.UserError("--pretrained=none with --fine_tune=False would freeze random "
                               "features: leave one of them out", 2)
+    if 1 in (settings.batch_size, settings.num_training):
+        raise utils.UserError("batch norm cannot train on a single image: give a larger "
+                              "--batch_size or --num_training", 2)
 
 def main(argv=None):
     """Run what the settings describe, an experiment or a question (argv: None: the command line's).

@@ -16,6 +16,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -237,12 +238,6 @@ def read_image_folder(folder, size):
     if repeated:
         print(f"{repeated:,} of {len(images) - sizes['train']:,} validation and test images are "
               "in the training set, too: the accuracy on them says nothing about new images")
-    classes_of = {}  # {pixels: names of classes}
-    for image, name in zip(images, names):
-        classes_of.setdefault(image.tobytes(), set()).add(name)
-    ambiguous = sum(len(found) > 1 for found in classes_of.values())
-    if ambiguous:
-        print(f"{plural(ambiguous, 'image')} in the folders of several classes at once")
     name = f"{folder.name} (folder)" if folder.name in DATA_NAMES.values() else folder.name
     return name, classes, images, np.array([classes.index(name) for name in names]), sizes
 
@@ -309,23 +304,17 @@ def read_image(path, size):
     Raises UserError."""
     try:  # Pillow can raise almost any exception
         with Image.open(path) as image:
-            # Which number is white? "RGB;16B" is how Pillow notes 16 bits a channel.
-            deep = image.mode[0] in "IF" or any(
-                f";16{byte_order}" in str(image.tile) for byte_order in "BLN")
+            if image.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel")  # which number is white?
             image.draft("RGB", (2 * size, 2 * size))  # reads a large JPEG faster
             image.load()
-            if "Raw profile type APP1" in image.info:  # ImageMagick's name for EXIF in PNG
-                image.info["Raw profile type exif"] = image.info["Raw profile type APP1"]
             image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR)
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))
     except Exception as error:
         raise UserError(f"{path} ({error})") from error
-    if deep:
-        raise UserError(f"{path} (more than 8 bits a channel)")
-    return np.asarray(image)
 
 SHAPES = {  # class: matplotlib's marker of this shape
     "cross": "X", "diamond": "D", "disk": "o", "pentagon": "p", "plus": "P", "rhombus": "d",
@@ -601,7 +590,6 @@ class EarlyStopping:
         self.best_epoch = 0  # none yet
         self.best_score = -math.inf
         self.best_weights = None
-        self.longest_wait = 0  # the longest streak of epochs without improvement so far
 
     @property
     def should_stop(self):
@@ -610,7 +598,6 @@ class EarlyStopping:
     def update(self, epoch, val_loss, val_accuracy, model):
         """Take note of an epoch. Of equally good ones the first is the best."""
         score = val_accuracy if self.monitor == "accuracy" else -val_loss
-        self.longest_wait = max(self.longest_wait, self.last_epoch - self.best_epoch)
         self.last_epoch = epoch
         if score > self.best_score:
             self.best_epoch = epoch
@@ -618,16 +605,10 @@ class EarlyStopping:
             self.best_weights = copy.deepcopy(model.state_dict())
 
     def state_dict(self):
-        """All but the patience: a resumed run can have another."""
-        return {name: value for name, value in vars(self).items() if name != "patience"}
+        return vars(self)
 
     def load_state_dict(self, state):
-        """Go on from a state. Raises UserError if this patience would have stopped before it."""
         vars(self).update(state)
-        if 0 < self.patience <= self.longest_wait:
-            raise UserError(f"--patience={self.patience} would have stopped before epoch "
-                            f"{self.last_epoch} of the checkpoint: give a larger one, or leave out "
-                            "--resume")
 
 def make_stopper(settings):
     """The EarlyStopping of the settings; None without."""
@@ -666,34 +647,34 @@ class Checkpoint:
         if time.perf_counter() - self.saved_at > 10:
             self.save()
 
-    def restore_or_set_aside(self):
-        """With --resume go on from the latest checkpoint. Without it the new run will overwrite it:
-        rename it, unless a longer one has been set aside. Raises UserError if it does not fit."""
-        old = self.latest.with_suffix(".old.ckpt")
+    def restore(self):
+        """With --resume go on from the latest checkpoint, if there is one. Without it rename that
+        of an interrupted run, since this run will overwrite it. Raises UserError if it does not
+        fit."""
+        settings, old = self.run.settings, self.latest.with_suffix(".old.ckpt")
+        if not settings.resume:
+            was_interrupted = self.latest.exists() and not self.run.record_path.exists()
+            if was_interrupted and not old.exists():
+                os.replace(self.latest, old)
+                print(f"The checkpoint of this run is now {old}: rename it back to --resume it")
+            return
         if not self.latest.exists():
-            if self.run.settings.resume:
-                print(f"There is no {self.latest} yet: starting at epoch 1")
-        elif self.run.settings.resume:
-            self.restore(load_checkpoint(self.latest))
-        elif (not old.exists()
-              or load_checkpoint(old)["epoch"] <= load_checkpoint(self.latest)["epoch"]):
-            os.replace(self.latest, old)
-            print(f"The checkpoint of this run is now {old}: rename it back to --resume it")
-
-    def restore(self, state):
-        """Go on from a state. No generator is in it, since every epoch seeds its own."""
+            print(f"There is no {self.latest} yet: starting at epoch 1")
+            return
+        state = load_checkpoint(self.latest)
         if not state.keys() >= {*self.parts, "history"}:
             raise UserError(f"{self.latest} was written by another version of the project: "
                             "leave out --resume")
-        if state["epoch"] > self.run.settings.num_epochs:
+        if state["epoch"] > settings.num_epochs:
             raise UserError(f"the checkpoint is of epoch {state['epoch']}: give a larger "
                             "--num_epochs, or leave out --resume")
         for key, part in self.parts.items():
             if state[key]:  # a disabled GradScaler has an empty state
                 part.load_state_dict(state[key])
+        # No generator has a state to restore, since every epoch seeds its own.
         self.run.epoch, self.run.history = state["epoch"], state["history"]
-        precisions = {*state["precision"].split(" and "), self.run.metadata["precision"]}
-        self.run.metadata["precision"] = " and ".join(sorted(precisions))  # of two machines
+        if state["precision"] != self.run.metadata["precision"]:  # that of another machine
+            self.run.metadata["precision"] += f" and {state['precision']}"
         print(f"Resumed after epoch {self.run.epoch}")
 
 def load_checkpoint(path):
@@ -718,8 +699,6 @@ def atomic_write(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
 # ========== runs and records ==========
 
 class Run:
@@ -740,7 +719,7 @@ class Run:
         records = results_folder(settings, data.name, data.fingerprint) / "records"
         self.record_path = records / f"{record_name(title, identity, settings)}.json"
         # One folder for any number of epochs, since --resume can train longer.
-        any_length = dict(identity, settings=dict(identity["settings"], num_epochs=0, patience=0))
+        any_length = dict(identity, settings=dict(identity["settings"], num_epochs=0))
         self.checkpoint_folder = FOLDER / "checkpoints" / record_name(title, any_length, settings)
         self.metadata = {
             "title": title, "data": data.name, "classes": data.classes, "seed": settings.seed,
@@ -752,29 +731,28 @@ class Run:
 
     def is_recorded(self):
         """Whether a question can skip this run, as its record is there."""
-        if self.settings.question == "none" or self.settings.rerun:
-            return False
-        try:
-            load_record(self.record_path)
-        except UserError:
+        if self.settings.question == "none" or self.settings.rerun or not self.old_record():
             return False
         print(f"{self.metadata['title']}, seed {self.settings.seed}: recorded already (--rerun "
               "trains it again, for example after a change of a layer's code or of the loss)")
         return True
 
+    def old_record(self):
+        """The record that this run would replace; None if there is none, or a damaged one."""
+        try:
+            return load_record(self.record_path)
+        except UserError:
+            return None
+
     def show_start(self):
         """Print what is trained, on what."""
-        about, side = self.metadata, self.settings.image_size
+        known, side = self.metadata, self.settings.image_size
         if self.settings.question in ("none", "1"):
             # It runs random images through the model: so it gets a copy, in eval mode.
             summary(copy.deepcopy(self.model).cpu().eval(), (3, side, side), device="cpu")
-        print(f"{about['title']}, seed {about['seed']}: {self.model_size:,} trainable parameters; "
-              f"{about['data']}, {plural(self.num_images, 'training image')}; {about['device']}, "
-              f"{about['precision']}")
-        num_val = about["identity"]["data"]["val"]
-        if self.settings.earlystop and num_val < 100:
-            print(f"{plural(num_val, 'validation image')}: too few to tell which epoch is the "
-                  "best; use a hundred or more, or --earlystop=False")
+        print(f"{known['title']}, seed {known['seed']}: {self.model_size:,} trainable parameters; "
+              f"{known['data']}, {plural(self.num_images, 'training image')}; {known['device']}, "
+              f"{known['precision']}")
 
     def log_epoch(self, epoch, numbers):
         """Keep the numbers of an epoch, {quantity: number}, and print them. Raises UserError if a
@@ -796,9 +774,10 @@ class Run:
     def finish(self, checkpoint, latest, best, precise):
         """Write the record, print the accuracies that count, and return the record. latest, best:
         see test, of the latest and of the best model; precise: see precise_bn_accuracies."""
-        epoch, best_epoch = self.epoch, None
+        epoch, best_epoch, path = self.epoch, None, checkpoint.latest
         if "stopper" in checkpoint.parts:
             epoch = best_epoch = checkpoint.parts["stopper"].best_epoch
+            path = checkpoint.best
         result = {"epoch": epoch, "best_epoch": best_epoch, "model_size": self.model_size,
                   "latest_test_accuracy": latest["accuracy"], "test_accuracy": best["accuracy"],
                   "test_accuracy_first_1000": best["accuracy_first_1000"], **precise}
@@ -807,31 +786,38 @@ class Run:
                 result[name] = values[epoch - 1]
                 result[f"latest_{name}"] = values[-1]
         result.setdefault("val_accuracy_augmented", result["val_accuracy"])
-        with suppress(UserError):  # there is none, or a damaged one
-            old = load_record(self.record_path)
-            print(f"This replaces the record of {finished(old):%d %B %Y}: test "
-                  f"{old['result']['test_accuracy']:.1%} -> {result['test_accuracy']:.1%}")
         record = {**self.metadata, "history": self.history, "result": result,
                   "filters": {"before": self.filters, "after": first_filters(self.model)},
                   "confusion": best["confusion"], "mistakes": best["mistakes"],
                   "finished": datetime.now(UTC).isoformat()}
+        old = self.old_record()
+        if old:
+            print(f"This replaces the record of {old['finished'][:10]}: test "
+                  f"{old['result']['test_accuracy']:.1%} -> {result['test_accuracy']:.1%}")
         with atomic_write(self.record_path) as temporary:
             temporary.write_text(json.dumps(record))
-        print(f"{'Best' if best_epoch else 'Last'} model (epoch {epoch}): train accuracy "
-              f"{result['train_accuracy']:.1%}, validation {result['val_accuracy']:.1%}, test "
-              f"{best['accuracy']:.1%} (first 1,000 images {best['accuracy_first_1000']:.1%})")
-        if best_epoch and self.epoch < self.settings.num_epochs:
-            print(f"Stopped early: no improvement from epoch {epoch} to {self.epoch}")
-        if precise:
-            print(f"With precise BN: validation {precise['val_accuracy_recalibrated']:.1%}, test "
-                  f"{precise['test_accuracy_recalibrated']:.1%}")
-        counts = np.sum(best["confusion"], axis=1)
-        if counts.max() > 2 * counts.min() > 0:
-            print(f"The classes have {counts.min():,} to {counts.max():,} test images; the mean of "
-                  f"their test accuracies is {np.mean(np.diag(best['confusion']) / counts):.1%}")
-        path = checkpoint.best if best_epoch else checkpoint.latest
+        self.show_result(record)
         print(f"To classify images: --predict=FOLDER --checkpoint={shlex.quote(str(path))}")
         return load_record(self.record_path)
+
+    def show_result(self, record):
+        """Print the accuracies that count."""
+        result = record["result"]
+        which = "Best" if result["best_epoch"] else "Last"
+        print(f"{which} model (epoch {result['epoch']}): train accuracy "
+              f"{result['train_accuracy']:.1%}, validation {result['val_accuracy']:.1%}, test "
+              f"{result['test_accuracy']:.1%} (first 1,000 images "
+              f"{result['test_accuracy_first_1000']:.1%})")
+        if result["best_epoch"] and self.epoch < self.settings.num_epochs:
+            print(f"Stopped early: no improvement from epoch {result['epoch']} to {self.epoch}")
+        if "test_accuracy_recalibrated" in result:
+            print(f"With precise BN: validation {result['val_accuracy_recalibrated']:.1%}, test "
+                  f"{result['test_accuracy_recalibrated']:.1%}")
+        counts = np.sum(record["confusion"], axis=1)
+        if counts.max() > 2 * counts.min() > 0:
+            mean = np.mean(np.diag(record["confusion"]) / counts)
+            print(f"The classes have {counts.min():,} to {counts.max():,} test images; the mean of "
+                  f"their test accuracies is {mean:.1%}")
 
 def make_identity(settings, data, model, optimizer, scheduler, weights):
     """All that decides what a run computes, except its seed, as plain values. What it cannot see:
@@ -909,37 +895,34 @@ def git_commit(script):
     return ""
 
 def load_record(path):
-    """A record from its file, with its name. Raises UserError if it is damaged or no record."""
-    types = {"title": str, "data": str, "seed": int, "precision": str, "device": str,
-             "identity": dict, "result": dict, "history": dict, "filters": dict, "confusion": list}
+    """A record from its file, with its name and the digest of its identity. Raises UserError if it
+    is damaged or no record."""
     try:
         record = json.loads(path.read_bytes())
         identity, result, history = record["identity"], record["result"], record["history"]
-        names = [identity["layers"][0]["class"], identity["optimizer"][0]["name"],
-                 identity["schedule"]["name"]]
-        sizes = [identity["data"]["train"], result["model_size"], result["epoch"]]
-        accuracies = [value for name, value in result.items() if "accuracy" in name]
-        fits = [isinstance(record[key], kind) for key, kind in types.items()]
-        fits += [isinstance(name, str) for name in names] + [size > 0 for size in sizes]
-        fits += [0 <= accuracy <= 1 for accuracy in [*accuracies, *history["val_accuracy"]]]
-        fits.append({"val_accuracy", "test_accuracy"} <= result.keys())
-        fits.append(0 < len(history["val_loss"]) == len(history["val_accuracy"]))
-        fits.append(sum(history["seconds"]) >= 0)
-        fits.append(canonical(record.get("settings", identity["settings"])) == identity["settings"])
-        fits.append(finished(record).tzinfo is not None)
+        record = {"note": "none", "mistakes": [], "commit": "", "pretrained": "none",
+                  "settings": identity["settings"], **record, "name": path.stem,
+                  "digest": digest_of(identity)}
+        datetime.fromisoformat(record["finished"])
+        texts = [record["title"], record["data"], record["device"], record["precision"],
+                 identity["layers"][0]["class"], identity["optimizer"][0]["name"],
+                 identity["schedule"]["name"], *record["filters"], *record["classes"]]
+        accuracies = [result["test_accuracy"], result["val_accuracy"], *history["val_accuracy"]]
+        is_right = (
+            isinstance(record["seed"], int) and all(isinstance(text, str) for text in texts)
+            and all(0 <= accuracy <= 1 for accuracy in accuracies)
+            and 0 < len(history["val_loss"]) == len(history["val_accuracy"])
+            and sum(history["seconds"]) >= 0 < min(result["model_size"], identity["data"]["train"])
+            and canonical(record["settings"]) == identity["settings"])
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        fits = [False]
-    if not all(fits):
+        is_right = False
+    if not is_right:
         raise UserError(f"{path} is left out: it is damaged or not a record")
-    return {"note": "none", "mistakes": [], "commit": "", "pretrained": "none", **record,
-            "name": path.stem}
-
-def finished(record):
-    return datetime.fromisoformat(record["finished"])
+    return record
 
 def load_records(folder):
     """All records in a folder, one of each identity and seed: where there are more, the latest.
-    Prints which files are skipped."""
+    Prints which files are left out."""
     records = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -951,72 +934,93 @@ def load_records(folder):
         if script != folder.parent.name or not folder.parent.parent.name.startswith(slug(data)):
             print(f"{path} is left out: it is of {script}.py on {data}", file=sys.stderr)
             continue
-        key = digest_of(record["identity"]), record["seed"]
+        key = record["digest"], record["seed"]
         if key in records:
-            older, record = sorted([records[key], record], key=finished)
+            older, record = sorted([records[key], record], key=lambda record: record["finished"])
             print(f"{older['name']}.json is left out: {record['name']}.json is a later run with "
                   "the same settings and seed", file=sys.stderr)
         records[key] = record
     return list(records.values())
-
-
 # ========== comparing runs ==========
-
-@dataclass
-class Experiment:
-    """The runs of one identity, which differ in their seeds only."""
-
-    records: list  # sorted by seed
-    name: str = ""  # what distinguishes it from the others
+# An experiment is all runs of one identity, which differ in their seeds only.
 
 def group_experiments(records):
-    """The named Experiments of records, the one that finished last at the end."""
+    """The experiments of records, {name: its records}; the one that finished last stands last."""
     groups = {}
     for record in sorted(records, key=lambda record: record["seed"]):
-        groups.setdefault(digest_of(record["identity"]), []).append(record)
-    groups = sorted(groups.values(), key=lambda group: max(map(finished, group)))
-    experiments = [Experiment(group) for group in groups]
-    name_experiments(experiments)
-    return experiments
+        groups.setdefault(record["digest"], []).append(record)
+    groups = sorted(groups.values(), key=lambda group: max(record["finished"] for record in group))
+    return dict(zip(name_experiments([group[0] for group in groups]), groups))
 
-def name_experiments(experiments):
-    """Name each by what distinguishes it from the others: settings that are on and, where most
-    others have something else, optimizer, weights, ... and layers: "dropout 0.3, layers.2: GELU".
-    """
-    records = [experiment.records[0] for experiment in experiments]
-    settings = all_settings(records)
-    beyond = [beyond_settings(record) for record in records]
-    kinds = [layer_kinds(record) for record in records]
-    for experiment, own, own_beyond, own_kinds in zip(experiments, settings, beyond, kinds):
-        different = [name for name in own if differs(name, settings)]
-        on = [name for name in different if not is_off(own[name])]
-        words = [f"{name} {own[name]}" for name in on or different[:1]]
-        words += [f"{name}: {value}" for name, value in own_beyond.items()
-                  if differs(name, beyond) and is_unusual(name, value, beyond)]
-        words += [f"{layer}: {kind}" for kind, layer in own_kinds.items()
-                  if 2 * sum(kind in others for others in kinds) <= len(kinds)][:1]
-        experiment.name = ", ".join(words)
-    for name in {experiment.name for experiment in experiments}:
-        tell_apart([experiment for experiment in experiments if experiment.name == name])
+def name_experiments(records):
+    """A name for each of these records of several experiments: what distinguishes it from the
+    others, as "norm_flag True, dropout 0.3", "optimizer SGD" or "layer 3 GELU"."""
+    descriptions = [describe(record) for record in records]
+    layers = [layers_of(record) for record in records]
+    details = [details_of(record) for record in records]
+    names = []
+    for record, own, own_layers, own_details in zip(records, descriptions, layers, details):
+        words = [f"{key} {value}" for key, value in own.items() if not is_off(value)
+                 and any(other.get(key) != value for other in descriptions)]
+        words += differing(own_layers, layers)[:1] + differing(own_details, details)[:1]
+        names.append(", ".join(words) or record["title"])
+    while len(set(names)) < len(names):  # what else tells those of the same name apart?
+        for name in set(names):
+            same = [i for i, other in enumerate(names) if other == name]
+            identities = [records[i]["identity"] for i in same]
+            for i, difference in zip(same, first_difference(identities)):
+                names[i] = f"{name}, {difference}"
+    return names
 
-def tell_apart(experiments):
-    """Add to names that are the same the first things in which their identities differ."""
-    values = []
-    for experiment in experiments:
-        identity = experiment.records[0]["identity"]
-        layers = {layer["layer"] or "network": layer for layer in identity["layers"]}
-        values.append(leaves({**layers, **identity, "layers": {}}))
-    for leaf in dict.fromkeys(leaf for own in values for leaf in own):
-        words = [f"{leaf}: {own.get(leaf, 'none')}" for own in values]
-        names = [experiment.name for experiment in experiments]
-        if len(set(zip(names, words))) > len(set(names)):
-            for experiment, more in zip(experiments, words):
-                experiment.name = f"{experiment.name}, {more}" if experiment.name else more
-    for experiment in experiments:
-        experiment.name = experiment.name or experiment.records[0]["title"]
+def describe(record):
+    """The settings of a run and what else its code sets, {name: value}."""
+    identity = record["identity"]
+    return {**record["settings"], "optimizer": identity["optimizer"][0]["name"],
+            "schedule": identity["schedule"]["name"], "weights": record["pretrained"],
+            "normalization": identity["normalization"],
+            "precision": identity.get("precision", "auto")}
+
+def layers_of(record):
+    """The class of each layer, {"layer 3": "ReLU"}, except batch norm and dropout, whose settings
+    would shift the numbers."""
+    classes = [layer["class"] for layer in record["identity"]["layers"][1:]
+               if not re.search("Norm|Dropout|Sequential", layer["class"])]
+    return {f"layer {i}": name for i, name in enumerate(classes, start=1)}
+
+def details_of(record):
+    """The parameters of the augmentation and the attributes of each class's first layer."""
+    details = {}
+    identity = record["identity"]
+    for technique, parameters in identity.get("augmentation", {}).items():
+        for name, value in parameters.items():
+            details[f"{technique} {name}"] = value
+    for layer in identity["layers"]:
+        for name, value in layer.items():
+            if name not in ("class", "layer"):
+                details.setdefault(f"{layer['class']} {name}", value)
+    return details
+
+def differing(own, others):
+    """What others have with another value, in words."""
+    return [f"{key} {value}" for key, value in own.items()
+            if any(other.get(key, value) != value for other in others)]
+
+def first_difference(identities):
+    """For each identity the first value in which they differ, after its path in the identity; an
+    empty list if there is one only."""
+    flat = []
+    for identity in identities:
+        layers = {layer["layer"]: layer for layer in identity["layers"]}
+        rest = {key: value for key, value in identity.items() if key != "layers"}
+        flat.append({**leaves(rest), **leaves(layers)})
+    for path in dict.fromkeys(path for own in flat for path in own):
+        words = [f"{path}: {own.get(path, 'none')}" for own in flat]
+        if len(set(words)) > 1:
+            return words
+    return []
 
 def leaves(value, path=""):
-    """The values in nested dicts and lists, each with its path: {"layers.0 out_channels": 8}."""
+    """The values in nested dicts and lists, each with its path: {"optimizer 0 lr": 0.002}."""
     if isinstance(value, list):
         value = dict(enumerate(value))
     if not isinstance(value, dict):
@@ -1026,59 +1030,16 @@ def leaves(value, path=""):
         found.update(leaves(part, f"{path} {key}".strip()))
     return found
 
-def differs(name, descriptions):
-    """Whether a key has several values in these dicts, where they have it."""
-    values = [description[name] for description in descriptions if name in description]
-    return any(value != values[0] for value in values)
-
-def is_unusual(name, value, descriptions):
-    """Whether at most half of the dicts have this value of a quantity."""
-    return 2 * sum(own.get(name) == value for own in descriptions) <= len(descriptions)
-
-def all_settings(records):
-    """The settings of each record, with those that are off: False, 0 or "none"."""
-    of_each = [{**record["identity"]["settings"], **record.get("settings", {})}
-               for record in records]
-    off = {}
-    for settings in of_each:
-        for name, value in settings.items():
-            off[name] = 0
-            if isinstance(value, str):
-                off[name] = "none"
-            elif isinstance(value, bool):
-                off[name] = False
-    return [{**off, **settings} for settings in of_each]
-
-def beyond_settings(record):
-    """What a run computes beyond its settings and layers, {name: value}."""
-    identity = record["identity"]
-    known = {"optimizer": identity["optimizer"][0]["name"], "weights": record["pretrained"],
-             "schedule": identity["schedule"]["name"], "normalization": identity["normalization"],
-             "precision": identity.get("precision", "auto")}
-    for technique, parameters in identity.get("augmentation", {}).items():
-        known.update({f"{technique} {name}": value for name, value in parameters.items()})
-    return known
-
-def layer_kinds(record):
-    """The first layer of each class, {class: layer}, except batch norm and dropout, which have
-    settings."""
-    kinds = {}
-    for layer in record["identity"]["layers"]:
-        if "Norm" not in layer["class"] and layer["class"] != "Dropout":
-            kinds.setdefault(layer["class"], layer["layer"])
-    return kinds
-
-def compare_runs(experiments, settings, folder):
-    """Print a table of the experiments in a folder. Returns the lines of a page that shows it."""
+def compare_runs(experiments, script, folder):
+    """Print a table of the experiments in a folder, and whether the last two differ. Returns the
+    lines of a page that shows the same."""
     rows = []
-    for experiment in experiments:
-        records = experiment.records
-        minutes = [sum(record["history"]["seconds"]) / 60 for record in records]
-        epochs = sorted({len(record["history"]["val_loss"]) for record in records})
-        row = {"run": experiment.name, "seeds": str(len(records)),
-               "epochs": f"{epochs[0]}" if len(epochs) == 1 else f"{epochs[0]} to {epochs[-1]}",
-               "minutes": f"{np.mean(minutes):.1f}",
-               "parameters": f"{records[0]['result']['model_size']:,}"}
+    for name, records in experiments.items():
+        histories = [record["history"] for record in records]
+        epochs = np.mean([len(history["val_loss"]) for history in histories])
+        minutes = np.mean([sum(history["seconds"]) / 60 for history in histories])
+        row = {"run": name, "seeds": str(len(records)), "epochs": f"{epochs:.3g}",
+               "minutes": f"{minutes:.1f}", "parameters": f"{records[0]['result']['model_size']:,}"}
         for heading, key in (("train", "train_accuracy"), ("validation", "val_accuracy"),
                              ("test", "test_accuracy"),
                              ("test, precise BN", "test_accuracy_recalibrated")):
@@ -1091,10 +1052,10 @@ def compare_runs(experiments, settings, folder):
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
     sentence = compare_last_two(experiments)
     print(sentence)
-    records = [record for experiment in experiments for record in experiment.records]
-    return [f"# {records[0]['data']}: runs of {settings.script}.py", "", "![Runs](runs.png)", "",
+    all_runs = sum(experiments.values(), [])
+    return [f"# {all_runs[0]['data']}: runs of {script}.py", "", "![Runs](runs.png)", "",
             *markdown_table(rows), "", sentence, "",
-            f"All have in common: {caption(records)}. Accuracies are in %, mean ± standard "
+            f"All have in common: {caption(all_runs)}. Accuracies are in %, mean ± standard "
             "deviation of the seeds. `--redraw --question=all` makes the page of the report's "
             "questions.", ""]
 
@@ -1102,15 +1063,15 @@ def compare_last_two(experiments):
     """A sentence on whether the last two experiments differ; none for a single one."""
     if len(experiments) < 2:
         return ""
-    before, last = ({record["seed"]: 100 * record["result"]["test_accuracy"]
-                     for record in experiment.records} for experiment in experiments[-2:])
-    mean, low, high = difference_of(last, before)
-    if math.isinf(low):
+    (before, first), (last, second) = list(experiments.items())[-2:]
+    difference = difference_of(accuracies_of(second, "test_accuracy"),
+                               accuracies_of(first, "test_accuracy"))
+    if difference.low is None:
         return (f"To see whether the last two differ, run {MIN_SEEDS} seeds of each (--seeds="
                 f"{MIN_SEEDS}): runs that differ only in their seed differ by about a point.")
-    words = "which may be chance" if low <= 0 <= high else "which is more than chance"
-    return (f"{experiments[-1].name} against {experiments[-2].name}: a difference of "
-            f"{difference_in_words(mean, low, high)} points of test accuracy, {words}.")
+    is_real = difference.low > 0 or difference.high < 0
+    words = "more than chance" if is_real else "which may be chance"
+    return f"{last} against {before}: {difference} points of test accuracy, {words}."
 
 def mean_and_deviation(numbers, digits=1):
     """ "80.2 ± 0.4" for the numbers of several seeds, "80.2" for one, "" for none."""
@@ -1124,15 +1085,21 @@ def markdown_table(rows):
     return [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|",
             *(f"| {' | '.join(row.values())} |" for row in rows)]
 
+OFF = {bool: False, int: 0, float: 0}
+
 def write_csv(records, path):
-    """A line for each record, for pandas. Settings that are off are 0, False or none."""
+    """A line for each record, for pandas. Settings that are off are 0, False or none, also in older
+    records, which lack some."""
+    off = {name: OFF.get(type(value), "none")
+           for record in records for name, value in record["settings"].items()}
     rows = []
-    for record, settings in zip(records, all_settings(records)):
+    for record in records:
         identity, history = record["identity"], record["history"]
         rows.append({
-            "name": record["name"], "run": f"{slug(record['title'])}_{digest_of(identity)}",
-            "note": record["note"],
-            "seed": record["seed"], **settings, "network": identity["layers"][0]["class"],
+            "name": record["name"], "run": f"{slug(record['title'])}_{record['digest']}",
+            "note": record["note"], "seed": record["seed"],
+            **{name: record["settings"].get(name, value) for name, value in off.items()},
+            "network": identity["layers"][0]["class"],
             "optimizer": identity["optimizer"][0]["name"], "pretrained": record["pretrained"],
             "data": record["data"], "train_images": identity["data"]["train"], **record["result"],
             "epochs": len(history["val_loss"]), "minutes": round(sum(history["seconds"]) / 60, 2),
@@ -1143,8 +1110,6 @@ def write_csv(records, path):
         writer = csv.DictWriter(f, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
 # ========== figures ==========
 
 STYLE = ["default", {  # whatever a user's own matplotlibrc says
@@ -1153,14 +1118,13 @@ STYLE = ["default", {  # whatever a user's own matplotlibrc says
 TRAIN = {"color": "#1b3a5c", "linestyle": "-"}
 VALIDATION = {"color": "#e08214", "linestyle": "--"}
 AUGMENTED = {"color": "#7b3294", "linestyle": ":"}
-CURVES = {"train_{}": ("train", TRAIN), "val_{}": ("validation", VALIDATION),
-          "val_{}_augmented": ("validation, augmented", AUGMENTED)}  # by the key of a history
-REPORT = {"marker": "D", "markerfacecolor": "white", "markersize": 8, "linestyle": "none",
-          "zorder": 5, "label": "report"}  # the report's numbers: hollow diamonds
+CURVES = {  # of a history: the label and the style
+    "train_loss": ("train", TRAIN), "val_loss": ("validation", VALIDATION),
+    "train_accuracy": ("train", TRAIN), "val_accuracy": ("validation", VALIDATION),
+    "val_accuracy_augmented": ("validation, augmented", AUGMENTED)}
+REPORT = {"color": "black", "marker": "D", "markerfacecolor": "white", "markersize": 8,
+          "linestyle": "none", "zorder": 5, "label": "report"}  # the report's: hollow diamonds
 COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b"]
-RECIPE = {  # of a caption
-    "batch_size": "batch {}", "learning_rate": "learning rate {:g}",
-    "learning_rate_decay": "decay {:g} per epoch", "reg": "weight decay {:g}"}
 
 def new_figure(count, columns, width, height, **sharing):
     """A figure and the axes of this number of panels, in rows. width, height: of a panel, in
@@ -1194,23 +1158,23 @@ def save_figure(figure, title, path, records=(), legend=()):
     plt.close(figure)
 
 def caption(records):
-    """Describes the runs in a figure: data, weights, recipe, precision and machine."""
-    def values(of):
-        return sorted({of(record) for record in records} - {"none"})
-
-    sizes = values(lambda record: f"{record['identity']['data']['train']:,}")
-    runs = {(digest_of(record["identity"]), record["seed"]) for record in records}
-    parts = [*values(lambda record: record["data"]), f"{' or '.join(sizes)} training images",
-             *values(lambda record: record["pretrained"]),
-             plural(len(runs), "run") if len(runs) > 1 else f"seed {records[0]['seed']}"]
-    settings = all_settings(records)
-    if not differs("num_epochs", settings):
-        parts.append(plural(settings[0]["num_epochs"], "epoch"))
-    parts += [template.format(settings[0].get(name, 0)) for name, template in RECIPE.items()
-              if not differs(name, settings)]
-    parts += values(lambda record: record["precision"])
-    parts += values(lambda record: record["device"].split(",")[0])
-    commits = values(lambda record: record["commit"] or "none")
+    """Data, weights, recipe, precision and machine of the runs in a figure, without what has more
+    than four values."""
+    described = []
+    for record in records:
+        setting = record["settings"].get
+        described.append([
+            record["data"], f"{record['identity']['data']['train']:,} training images",
+            record["pretrained"], plural(setting("num_epochs", 0), "epoch"),
+            f"batch {setting('batch_size', 0)}", f"learning rate {setting('learning_rate', 0):g} x "
+            f"{setting('learning_rate_decay', 1):g} per epoch",
+            f"weight decay {setting('reg', 0):g}", record["precision"],
+            record["device"].split(",")[0]])
+    columns = [sorted({*values} - {"none"}) for values in zip(*described)]
+    parts = [" or ".join(values) for values in columns if 0 < len(values) <= 4]
+    runs = {(record["digest"], record["seed"]) for record in records}
+    parts.append(plural(len(runs), "run") if len(runs) > 1 else f"seed {records[0]['seed']}")
+    commits = {record["commit"] for record in records}
     if len(commits) > 1:
         parts.append(f"{len(commits)} versions of the code")
     return ", ".join(parts)
@@ -1230,16 +1194,12 @@ def first_filters(model):
 def plot_filters(record, path, title):
     """Figures 1 and 2: the first convolution's filters before and after training and their
     difference, in one scale. Each weight is shown in its colour channel; grey is 0."""
-    weights = {}
-    for when, (text, shape) in record["filters"].items():
-        numbers = np.frombuffer(base64.b64decode(text), np.float16).reshape(shape)
-        weights[when] = torch.tensor(numbers, dtype=torch.float32)
-    before, after = weights["before"], weights["after"]
+    before, after = (
+        torch.tensor(np.frombuffer(base64.b64decode(text), np.float16).reshape(shape)).float()
+        for text, shape in (record["filters"]["before"], record["filters"]["after"]))
     limit = torch.cat([before, after]).abs().quantile(0.99).item() or 1.0
     pictures = {"before training": before, f"after epoch {record['result']['epoch']}": after,
                 "difference": after - before}
-    if torch.equal(before, after):
-        pictures = {"unchanged by the training": before}
     figure, axes = new_figure(len(pictures), len(pictures), 5, 2.3)
     for axis, (name, picture) in zip(axes, pictures.items()):
         grid = make_grid(picture, nrow=16, padding=1, pad_value=1, normalize=True,
@@ -1281,25 +1241,25 @@ def plot_classes(records, path, title, data=None):
     if codes:
         print(f"In the figure, {', '.join(codes)}")
 
-def draw_curves(axis, records, quantity, keys=("train_{}", "val_{}")):
-    """Curves of "loss" or "accuracy" over the epochs: each seed a thin line, and their mean or,
-    with early stopping, a star at each best epoch."""
-    early_stopping = records[0]["result"]["best_epoch"] is not None
+def draw_curves(axis, records, keys):
+    """Curves of a history over the epochs (keys of CURVES, validation second): each seed a thin
+    line, and their mean or, with early stopping, a star at each best epoch."""
+    best_epochs = [record["result"]["best_epoch"] for record in records]
     for key in keys:
         label, style = CURVES[key]
-        key = key.format(quantity)
         curves = [curve_of(record, key) for record in records if key in record["history"]]
-        show_mean = len(curves) > 1 and not early_stopping
-        for curve in curves:
-            draw_curve(axis, curve, style, 0.6 if show_mean else 1.4, "" if show_mean else label)
-        if show_mean:
-            draw_curve(axis, mean_curve(curves), style, 2.2, f"{label}, mean")
-    for record in records:
-        best = record["result"]["best_epoch"]
+        if len(curves) > 1 and None in best_epochs:
+            for curve in curves:
+                draw_curve(axis, curve, 0.6, **style)
+            draw_curve(axis, mean_curve(curves), 2.2, **style, label=f"{label}, mean")
+        else:
+            for curve in curves:
+                draw_curve(axis, curve, 1.4, **style, label=label)
+    for record, best in zip(records, best_epochs):
         if best is not None:
-            axis.plot(best, curve_of(record, f"val_{quantity}")[best - 1], "*k", markersize=10,
+            axis.plot(best, curve_of(record, keys[1])[best - 1], "*k", markersize=10,
                       label="best epoch")
-    axis.set(xlabel="epoch", ylabel="accuracy (%)" if quantity == "accuracy" else quantity)
+    axis.set(xlabel="epoch", ylabel="accuracy (%)" if "accuracy" in keys[0] else "loss")
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.grid(True)
 
@@ -1312,22 +1272,20 @@ def mean_curve(curves):
     epochs = min(map(len, curves))
     return np.mean([curve[:epochs] for curve in curves], axis=0)
 
-def draw_curve(axis, curve, style, width, label):
+def draw_curve(axis, curve, width, **style):
     """A line over the epochs; of a single epoch a point."""
     marker = "o" if len(curve) == 1 else ""
-    axis.plot(range(1, len(curve) + 1), curve, **style, linewidth=width, label=label, marker=marker)
+    axis.plot(range(1, len(curve) + 1), curve, linewidth=width, marker=marker, **style)
 
-REPORT_PATIENCE = 10  # epochs
-
-def draw_report(axis, report, position):
-    """The report's accuracies of a run, {key of a result: number}: at its best and at its last
-    epoch or, without early stopping, at this position."""
-    epoch = report.get("best_epoch", position)
+def draw_report(axis, report, x):
+    """The report's accuracies of a run, {key of a result: number}: at its best and its last epoch
+    or, without early stopping, at x."""
     for key, (_, style) in CURVES.items():
-        key = key.format("accuracy")
-        for name, x in (key, epoch), (f"latest_{key}", epoch + REPORT_PATIENCE):
-            if name in report:
-                axis.plot(x, report[name], color=style["color"], **REPORT)
+        marker = {**REPORT, "color": style["color"]}
+        if key in report:
+            axis.plot(report.get("best_epoch", x), report[key], **marker)
+        if f"latest_{key}" in report:
+            axis.plot(report["last_epoch"], report[f"latest_{key}"], **marker)
 
 def plot_learning_curves(runs, title, path, reports=None, lowest=0):
     """Loss and accuracy over the epochs, a row for each of the runs {name: records}. reports:
@@ -1335,8 +1293,8 @@ def plot_learning_curves(runs, title, path, reports=None, lowest=0):
     figure, axes = new_figure(2 * len(runs), 2, 5, 3, sharex="col")
     for i, (name, records) in enumerate(runs.items()):
         loss, accuracy = axes[2 * i], axes[2 * i + 1]
-        draw_curves(loss, records, "loss")
-        draw_curves(accuracy, records, "accuracy")
+        draw_curves(loss, records, ["train_loss", "val_loss"])
+        draw_curves(accuracy, records, ["train_accuracy", "val_accuracy"])
         loss.set_ylim(0, 1.05 * loss.get_ylim()[1])
         if reports and reports[name]:
             draw_report(accuracy, reports[name], len(records[0]["history"]["val_loss"]))
@@ -1360,22 +1318,22 @@ def draw_dots(axis, rows, colors):
 
 def plot_runs(experiments, path, script):
     """Validation accuracy over the epochs and test accuracy of the last six experiments."""
-    experiments = experiments[-len(COLORS):]
+    experiments = list(experiments.items())[-len(COLORS):]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(3, 2))
-    for experiment, color in zip(experiments, COLORS):
-        curves = [curve_of(record, "val_accuracy") for record in experiment.records]
+    for (name, records), color in zip(experiments, COLORS):
+        curves = [curve_of(record, "val_accuracy") for record in records]
         for curve in curves:
-            draw_curve(left, curve, {"color": color}, 0.7, "")
-        name = textwrap.fill(drawable(experiment.name), 60)
-        draw_curve(left, mean_curve(curves), {"color": color}, 2.4, name)
+            draw_curve(left, curve, 0.7, color=color)
+        name = textwrap.fill(drawable(name), 60)
+        draw_curve(left, mean_curve(curves), 2.4, color=color, label=name)
     left.set(xlabel="epoch", ylabel="validation accuracy (%)")
     left.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     left.grid(True)
     left.legend(fontsize=9)
-    draw_dots(right, [(plural(len(experiment.records), "seed"), experiment.records)
-                      for experiment in experiments], COLORS)
-    records = [record for experiment in experiments for record in experiment.records]
-    save_figure(figure, f"The last runs of {script}.py", path, records)
+    draw_dots(right, [(plural(len(records), "seed"), records) for _, records in experiments],
+              COLORS)
+    save_figure(figure, f"The last runs of {script}.py", path,
+                sum((records for _, records in experiments), []))
 
 def plot_summary(summary, questions, results, path):
     """What each technique is worth: test accuracy, a line for each row of the summary, {label:
@@ -1392,9 +1350,9 @@ def plot_summary(summary, questions, results, path):
     draw_dots(axis, rows, [TRAIN["color"]] * len(rows))
     for y, report in enumerate(reports):
         if report is not None:
-            axis.plot(report, y, color="black", **REPORT)
-    every = [record for _, records in rows for record in records]
-    save_figure(figure, "What each technique is worth", path, every, [axis])
+            axis.plot(report, y, **REPORT)
+    save_figure(figure, "What each technique is worth", path,
+                sum((records for _, records in rows), []), [axis])
 
 def plot_conclusions(verdicts, path, with_report):
     """Same conclusions? A line for each Verdict: our difference with its 95 % interval, and the
@@ -1403,18 +1361,18 @@ def plot_conclusions(verdicts, path, with_report):
     axis.axvline(0, color="0.4", linewidth=1)
     left, right = [], []
     for y, verdict in enumerate(verdicts):
-        claim = verdict.claim
+        claim, difference = verdict.claim, verdict.difference
         color = {"holds": "#2a8a4a", "does not hold": "#b2182b"}.get(verdict.word, "0.4")
         limits = [0, *(limit for limit in (claim.above, claim.below) if math.isfinite(limit))]
         axis.barh(y, max(limits) - min(limits), left=min(limits), height=1, color="0.9",
                   label="tolerance" if any(limits) else "")
-        axis.plot(verdict.mean, y, "o", color=color, markersize=7, label="ours",
-                  markerfacecolor="white" if verdict.word == "too few seeds" else color)
-        if math.isfinite(verdict.low):
-            axis.plot([verdict.low, verdict.high], [y, y], color=color, linewidth=2,
+        axis.plot(difference.mean, y, "o", color=color, markersize=7, label="ours",
+                  markerfacecolor="white" if difference.low is None else color)
+        if difference.low is not None:
+            axis.plot([difference.low, difference.high], [y, y], color=color, linewidth=2,
                       label="95 % interval")
         if with_report and claim.report_difference is not None:
-            axis.plot(claim.report_difference, y + 0.22, color="black", **REPORT)
+            axis.plot(claim.report_difference, y + 0.22, **REPORT)
         rival = f" (against {verdict.rival})" if len(claim.others) > 1 else ""
         left.append(textwrap.fill(claim.text + rival, 48))
         right.append(f"{MARKS[verdict.word]} {verdict.word}\n{verdict.seeds}")
@@ -1423,9 +1381,8 @@ def plot_conclusions(verdicts, path, with_report):
         side.tick_params(length=0)
     axis.set(ylim=(len(verdicts) - 0.4, -0.6), xlabel="difference in points of accuracy")
     save_figure(figure, "Same conclusions?", path, legend=[axis])
-
-
 # ========== the report: questions and tables ==========
+# Results are {question: {row: records}}.
 
 @dataclass
 class Row:
@@ -1448,13 +1405,13 @@ class Question:
     figures: tuple = ()  # the names of its files, for the page
 
     def reports(self, results):
-        """The report's numbers for each of {name: records}; empty if we used other images."""
+        """The report's numbers for each of {row: records}; empty if we used other images."""
         return {row.name: row.report if has_report(results[row.name]) else {}
                 for row in self.rows if row.name in results}
 
     def settings_of_rows(self, settings):
-        """{name of a row: its settings}. Raises UserError if a flag given on the command line
-        leaves no difference between the rows."""
+        """{row: its settings}. Raises UserError if a flag given on the command line leaves no
+        difference between the rows."""
         shared = {name: value for name, value in self.shared.items() if name not in settings.given}
         rows = {row.name: settings.replace(**shared).replace(**row.changes) for row in self.rows}
         for name in sorted(settings.given):
@@ -1478,55 +1435,44 @@ def has_report(records):
     report = {"fingerprint": CIFAR10_FINGERPRINT, **CIFAR10_SIZES}
     return all(record["identity"]["data"] == report for record in records)
 
-def values_of(records, key):
-    """A number of each result, accuracies in %, without the records that lack it."""
-    scale = 100 if "accuracy" in key else 1
-    return [scale * record["result"][key] for record in records
-            if record["result"].get(key) is not None]
-
-def all_records(results):
-    """The records of {question: {name: records}}."""
-    return [record for rows in results.values() for records in rows.values() for record in records]
+def accuracies_of(records, key):
+    """An accuracy of each result, {seed: %}, without the records that lack it."""
+    return {record["seed"]: 100 * record["result"][key] for record in records
+            if record["result"].get(key) is not None}
 
 def plan_runs(settings, questions):
-    """The settings of each run that is asked for. Raises UserError if a given flag contradicts the
+    """The settings of each run that is asked for. Raises UserError if a flag contradicts a
     question."""
     rows = [settings]
-    if settings.question in questions:
-        rows = questions[settings.question].settings_of_rows(settings).values()
-    elif settings.question == "all":
-        rows = []
-        for question in questions.values():
-            with suppress(UserError):
-                rows += question.settings_of_rows(settings).values()
-    return without_repeats(row.replace(seed=settings.seed + i) for row in rows
-                           for i in range(settings.seeds))
+    if settings.question != "none":
+        asked = questions if settings.question == "all" else [settings.question]
+        rows = [row for number in asked
+                for row in questions[number].settings_of_rows(settings).values()]
+    return without_repeats(row.replace(seed=seed) for row in rows for seed in settings.all_seeds())
 
 def find_results(settings, questions, records, trained):
-    """The records that match these settings, {question: {name: records}}. trained:
-    the records of the runs that were just trained."""
-    results, sentences = {}, []
+    """The results that match the settings; with several experiments for a row one of them. trained:
+    the records of the runs that were just trained. Prints what is left out. Raises UserError if
+    there are none for the question asked."""
+    results, shown = {}, set()
     for number, question in questions.items():
         try:
             rows = question.settings_of_rows(settings)
-        except UserError as error:
-            if settings.question == "all":
-                sentences.append(f"Left out: question {number}, as {error}")
+        except UserError:  # not a question that was asked: plan_runs would have raised it
             continue
         for name, row in rows.items():
-            matching = [record for record in records if fits(record, row)]
-            if matching:
-                experiments = group_experiments(matching)
-                shown = choose_experiment(experiments, trained)
-                results.setdefault(number, {})[name] = shown.records
-                sentences += tell_others(experiments, shown)
-    runs = {(digest_of(record["identity"]), record["seed"]) for record in all_records(results)}
-    others = len(records) - len(runs)
-    if others and results:
-        sentences.append(f"Left out: {plural(others, 'record')} of other settings (--redraw "
-                         "without a question shows all)")
-    for sentence in without_repeats(sentences):
-        print(sentence)
+            experiments = group_experiments([record for record in records if fits(record, row)])
+            if experiments:
+                chosen = choose_experiment(list(experiments.values()), trained)
+                results.setdefault(number, {})[name] = chosen
+                shown.add(chosen[0]["digest"])
+    if not results or settings.question not in ("all", *results):
+        raise UserError("no record has these settings; there are: "
+                        f"{list_experiments(records, records)}")
+    left_out = [record for record in records if record["digest"] not in shown]
+    if left_out:
+        print(f"Left out: {list_experiments(left_out, records)} (--redraw without a question shows "
+              "all)")
     return results
 
 def fits(record, settings):
@@ -1537,37 +1483,42 @@ def fits(record, settings):
             and settings.precision in ("auto", identity.get("precision")))
 
 def choose_experiment(experiments, trained):
-    """Of experiments with the same settings the one that was just trained, or else the one with the
-    most seeds (of equal ones the latest)."""
-    just_trained = {digest_of(record["identity"]) for record in trained}
-    chosen = [experiment for experiment in experiments
-              if digest_of(experiment.records[0]["identity"]) in just_trained]
-    if not chosen:
-        chosen = sorted(experiments, key=lambda experiment: len(experiment.records))
-    return chosen[-1]
+    """Of several experiments (lists of records) the one that was just trained, or else the one with
+    the most seeds, of equal ones the latest."""
+    just_trained = {record["digest"] for record in trained}
+    for records in experiments:
+        if records[0]["digest"] in just_trained:
+            return records
+    return sorted(experiments, key=len)[-1]
 
-def tell_others(experiments, shown):
-    """A sentence for each of the experiments but the one that is shown."""
-    return [f"{shown.records[0]['title']}: {plural(len(shown.records), 'run')} with {shown.name} "
-            f"shown, {plural(len(other.records), 'run')} with {other.name} left out"
-            for other in experiments if other is not shown]
+def list_experiments(some, records):
+    """The names of the experiments of some of the records, with their numbers of seeds."""
+    digests = {record["digest"] for record in some}
+    names = [f"{name} ({plural(len(group), 'seed')})"
+             for name, group in group_experiments(records).items()
+             if group[0]["digest"] in digests]
+    more = f"; and {len(names) - 8} more" if len(names) > 8 else ""
+    return "; ".join(names[:8]) + more
 
 def missing_runs(settings, questions, results):
     """A sentence for each question asked that lacks records: of rows, or of seeds asked for."""
     sentences = []
+    seeds = settings.all_seeds() if "seeds" in settings.given else []
     asked = results if settings.question == "all" else [settings.question]
     for number in asked:
-        missing = [row.name for row in questions[number].rows if row.name not in results[number]]
-        for name, records in results[number].items() if "seeds" in settings.given else ():
-            seeds = {*range(settings.seed, settings.seed + settings.seeds)}
-            seeds -= {record["seed"] for record in records}
-            missing += [f"{name}, seed {seed}" for seed in sorted(seeds)]
+        missing = []
+        for row in questions[number].rows:
+            found = {record["seed"] for record in results[number].get(row.name, [])}
+            if not found:
+                missing.append(row.name)
+            else:
+                missing += [f"{row.name}, seed {seed}" for seed in seeds if seed not in found]
         if missing:
             sentences.append(f"question {number} lacks these runs: {'; '.join(missing)}")
     return sentences
 
 def table_lines(question, results):
-    """The table of a question as lines of Markdown; results: {name: records}."""
+    """The table of a question as lines of Markdown; results: {row: records}."""
     rows, reports = [], question.reports(results)
     for name, records in results.items():
         row = {"": name}
@@ -1582,55 +1533,48 @@ def table_lines(question, results):
     note = question.note if any(reports.values()) else ""
     return [f"**{question.title}**", "", *markdown_table(rows), "", note, ""]
 
-def compare_numbers(questions, results):
-    """A sentence on how near our accuracies are to the report's."""
-    differences = []
-    for number, rows in results.items():
-        for name, report in questions[number].reports(rows).items():
-            differences += [abs(round(np.mean(values_of(rows[name], key)) - report[key], 1))
-                            for key in questions[number].columns.values()
-                            if "accuracy" in key and key in report]
-    if not differences:
-        return ""
-    near = sum(difference <= 3 for difference in differences)
-    return (f"{near} of the report's {len(differences)} accuracies are within three points of "
-            f"ours; the median difference is {np.median(differences):.1f} points.")
+def values_of(records, key):
+    """A number of each result, accuracies in %, without the records that lack it."""
+    scale = 100 if "accuracy" in key else 1
+    return [scale * record["result"][key] for record in records
+            if record["result"].get(key) is not None]
 
 def page_lines(title, questions, results, verdicts, folder):
-    """The page of questions as lines of Markdown; results: {question: {name: records}}."""
+    """The page of questions as lines of Markdown."""
     records = all_records(results)
-    with_report = has_report(records)
     lines = [f"# {records[0]['data']}: {title}", "",
              f"{caption(records)}. Accuracies are in %; ± is the standard deviation over the "
              "seeds. Differences are in points of accuracy, with 95 % intervals in brackets.", ""]
-    lines += [f"![{name}]({name})\n" for name in ("summary.png", "same_conclusions.png")
-              if (folder / name).exists()]
-    if with_report:
-        lines += [compare_numbers(questions, results), ""]
+    lines += pictures(("summary.png", "same_conclusions.png"), folder)
     for number, rows in results.items():
         question = questions[number]
         lines += [f"## Question {number}", "", question.asked, ""]
-        lines += [claim_line(verdict, with_report) for verdict in verdicts
+        lines += [claim_line(verdict, has_report(records)) for verdict in verdicts
                   if verdict.claim.question == number]
         lines += ["", *table_lines(question, rows)] if question.columns else [""]
         figures = question.figures or (f"figure_{number}.png",)  # of a question that you added
-        lines += [f"![{name}]({name})\n" for name in figures if (folder / name).exists()]
+        lines += pictures(figures, folder)
     return lines
 
+def all_records(results):
+    return [record for rows in results.values() for records in rows.values() for record in records]
 
+def pictures(names, folder):
+    """Lines of Markdown that show the pictures of these names that are in the folder."""
+    return [f"![{name}]({name})\n" for name in names if (folder / name).exists()]
 # ========== the report: same conclusions? ==========
 # Two runs that differ only in their seed differ by about a point. We call a difference real when
 # its 95 % confidence interval lies on one side of zero.
 
 MIN_SEEDS = 3  # for a verdict
-MARKS = {"does not hold": "✗", "undecided": "?", "not measured": "?", "too few seeds": "?",
-         "holds": "✓"}
+MARKS = {"holds": "✓", "does not hold": "✗", "undecided": "?", "too few seeds": "?",
+         "not measured": "?"}
 PRECEDENCE = ["does not hold", "undecided", "too few seeds", "holds"]  # of several comparisons
 
 @dataclass
 class Claim:
-    """A conclusion of the report: `first` minus each of `others` (or a constant) lies between
-    `above` and `below`, in points of accuracy."""
+    """A conclusion of the report: the accuracy of `first` minus that of each of `others` (or minus
+    a constant) lies between `above` and `below`, in points."""
 
     question: str
     text: str
@@ -1643,6 +1587,19 @@ class Claim:
     report_difference: float | None = None  # in points
 
 @dataclass
+class Difference:
+    """The difference of two means and the ends of its confidence interval, in points of accuracy;
+    None without an interval, as with fewer than three seeds."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self):
+        text = f"{self.mean:+.1f}"
+        return text if self.low is None else f"{text} [{self.low:+.1f}, {self.high:+.1f}]"
+
+@dataclass
 class Verdict:
     """The outcome for a claim, and the comparison that decided it."""
 
@@ -1650,28 +1607,23 @@ class Verdict:
     word: str  # a key of MARKS
     rival: str  # the other row
     means: list  # of both, in %
-    mean: float  # the difference, and the ends of its 95 % interval, in points
-    low: float
-    high: float
+    difference: Difference
     seeds: str  # their numbers, in words
 
 def difference_of(first, second, paired=False, level=0.95):
-    """The difference of the means of two samples {seed: accuracy in %}, and the ends of its
-    confidence interval, in points: by Welch's t or, of two states of the same networks (paired), by
-    Student's t of the differences. With fewer than three seeds it is infinitely wide."""
+    """The Difference of two samples {seed: accuracy in %}: by Welch's t or, of two states of the
+    same networks (paired), by Student's t of their differences."""
     x, y = np.array(list(first.values())), np.array(list(second.values()))
     mean = float(x.mean() - y.mean())
-    spread = np.ptp(x - y) if paired else np.ptp(x) + np.ptp(y)
-    if paired and np.ptp(x) + np.ptp(y) < 1e-9 and len(x) >= MIN_SEEDS:  # every seed gives the same
-        return mean, mean, mean
-    if min(len(x), len(y)) < MIN_SEEDS or spread < 1e-9:
-        return mean, -math.inf, math.inf
+    if min(len(x), len(y)) < MIN_SEEDS:
+        return Difference(mean)
+    if paired and np.ptp(x - y) < 1e-9:  # it is the same for every seed
+        return Difference(mean, mean, mean)
+    if np.ptp(x) + np.ptp(y) < 1e-9:  # seeds that do not differ tell nothing
+        return Difference(mean)
     test = stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)
     interval = test.confidence_interval(level)
-    return mean, float(interval.low), float(interval.high)
-
-def difference_in_words(mean, low, high):
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if math.isfinite(low) else f"{mean:+.1f}"
+    return Difference(mean, float(interval.low), float(interval.high))
 
 def judge(claim, results):
     """The Verdict on a claim; None if it is not measured.
@@ -1685,18 +1637,18 @@ def judge(claim, results):
     verdicts, missing = [], []
     for other in claim.others:
         second = sample_of(other, claim.question, results)
-        paired = other[0] == claim.first[0]  # two states of the same networks
+        is_the_same = other[0] == claim.first[0] and first == second  # best and last epoch
         if not second:
             missing.append(other[0])
-        elif not paired or first != second:  # equal, if the best epoch is the last
-            verdicts.append(compare(claim, first, other[0], second, paired))
-    if claim.constant is not None:
+        elif not is_the_same:
+            verdicts.append(compare(claim, first, other[0], second))
+    if claim.constant is not None:  # as if it were the accuracy of the same networks
         second = dict.fromkeys(first, claim.constant)
-        verdicts.append(compare(claim, first, f"{claim.constant:g} %", second, paired=True))
+        verdicts.append(compare(claim, first, claim.first[0], second))
     if not verdicts:
         return None
     decisive = min(verdicts, key=lambda verdict: (
-        PRECEDENCE.index(verdict.word), verdict.low, verdict.mean))
+        PRECEDENCE.index(verdict.word), verdict.difference.mean))
     if missing and decisive.word in ("too few seeds", "holds"):
         decisive.word, decisive.rival = "not measured", ", ".join(missing)
     return decisive
@@ -1706,31 +1658,31 @@ def sample_of(side, question, results):
     row, key = side
     for rows in (results.get(question, {}), *results.values()):
         if row in rows:
-            return {record["seed"]: value for record in rows[row]
-                    for value in values_of([record], key)}
+            return accuracies_of(rows[row], key)
     return {}
 
-def compare(claim, first, rival, second, paired):
-    """The Verdict on a claim about one rival. first, second: {seed: accuracy in %}; paired: of the
-    same networks."""
+def compare(claim, first, rival, second):
+    """The Verdict on a claim about one rival. first, second: {seed: accuracy in %}."""
+    paired = rival == claim.first[0]  # two states of the same networks
     if paired:
         seeds = sorted(first.keys() & second.keys())
         first, second = ({seed: sample[seed] for seed in seeds} for sample in (first, second))
-    mean, low, high = difference_of(first, second, paired)
-    corrected = 1 - 0.05 / max(1, len(claim.others))
-    _, lowest, highest = difference_of(first, second, paired, corrected)
-    counts = [len(first)] if paired else [len(first), len(second)]
-    if highest < claim.above or claim.below < lowest:
+    difference = difference_of(first, second, paired)
+    corrected = difference_of(first, second, paired, 1 - 0.05 / max(1, len(claim.others)))
+    if difference.low is None:
+        is_enough = min(len(first), len(second)) >= MIN_SEEDS
+        word = "undecided" if is_enough else "too few seeds"
+    elif corrected.high < claim.above or claim.below < corrected.low:
         word = "does not hold"
-    elif min(counts) < MIN_SEEDS:
-        word = "too few seeds"
-    elif claim.above < low and high < claim.below:
+    elif claim.above < difference.low and difference.high < claim.below:
         word = "holds"
     else:
         word = "undecided"
     means = [np.mean(list(sample.values())) for sample in (first, second)]
-    seeds = " and ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
-    return Verdict(claim, word, rival, means, mean, low, high, seeds)
+    seeds = plural(len(second), "seed")
+    if not paired:
+        seeds = f"{len(first)} and {seeds}"
+    return Verdict(claim, word, rival, means, difference, seeds)
 
 def claim_line(verdict, with_report):
     """A claim as a sentence with its numbers."""
@@ -1739,18 +1691,15 @@ def claim_line(verdict, with_report):
     if verdict.word == "not measured":
         return f"{text}: {verdict.rival}.**"
     rival = f" ({verdict.rival})" if len(claim.others) > 1 else ""
-    difference = difference_in_words(verdict.mean, verdict.low, verdict.high)
-    text += f".** {ours:.1f} % against {theirs:.1f}{rival}, difference {difference}"
+    text += f".** {ours:.1f} % against {theirs:.1f}{rival}, difference {verdict.difference}"
     tolerance = max(abs(limit) for limit in (claim.above, claim.below) if math.isfinite(limit))
     if tolerance > 0:
         text += f", tolerance {tolerance:g}"
     text += f"; {verdict.seeds}."
     return f"{text} Report: {claim.report}." if claim.report and with_report else text
-
-
 # ========== settings ==========
-# A setting is a name that is assigned at the top of a script, above "# --- end of settings". The
-# comment after it is the help text of the flag of the same name.
+# A setting is a name that is assigned at the top of a script, above "# --- end of settings". Each
+# is a flag, too: the comment beside it is the flag's help text.
 
 SETTING = re.compile(r"^(\w+)(?:: *\w+)? *=(?!=).*?(?:  # (.*))?$", re.MULTILINE)
 
@@ -1767,6 +1716,13 @@ def any_text(text):
     if not text:
         raise wrong_value(text, "a text")
     return os.path.expanduser(text)
+
+def any_number(text):
+    try:
+        number = 0.0 if text.lower() == "none" else float(text)
+        return int(number) if number.is_integer() else number
+    except ValueError:
+        raise wrong_value(text, "a number") from None
 
 def weights(text):
     """True means ImageNet's weights, as in older versions of torchvision."""
@@ -1788,13 +1744,6 @@ def between(low, high, whole=False):
 
     return number
 
-def any_number(text):
-    try:
-        number = 0.0 if text.lower() == "none" else float(text)
-        return int(number) if number.is_integer() else number
-    except ValueError:
-        raise wrong_value(text, "a number") from None
-
 def choice(*words):
     """A reader of these words."""
     def word(text):
@@ -1811,13 +1760,10 @@ KINDS = {  # setting: a function that reads its value from a text
     "monitor": choice("accuracy", "loss"), "frozen_norm": choice("eval", "train"),
     "precision": choice("auto", "float32", "bfloat16", "float16"), "augmentation": augmentations,
     "patience": at_least(0), "num_epochs": at_least(1), "batch_size": at_least(1),
-    "num_training": at_least(0), "num_validation": at_least(0),
+    "num_training": at_least(0), "num_validation": at_least(0), "seeds": at_least(1),
     "image_size": between(32, 1024, whole=True), "seed": between(0, 2**32 - 1, whole=True),
-    "seeds": at_least(1),
     "dropout": between(0, 0.99), "reg": between(0, 1e6), "learning_rate": between(1e-12, 1e6),
-    "learning_rate_decay": between(1e-6, 1.0), "pretrained": weights, "dataset": any_text,
-    "results": any_text, "device": any_text, "checkpoint": any_text, "predict": any_text,
-    "note": any_text}
+    "learning_rate_decay": between(1e-6, 1.0), "pretrained": weights}
 NOT_IN_IDENTITY = {
     "seed",  # runs are compared over their seeds
     "dataset", "precision", "pretrained",  # stored separately, the weights as a hash
@@ -1831,6 +1777,9 @@ class Settings(argparse.Namespace):
     def replace(self, **changes):
         """A copy with some of them changed."""
         return Settings(**dict(vars(self), **changes))
+
+    def all_seeds(self):
+        return range(self.seed, self.seed + self.seeds)
 
     def for_identity(self):
         """The settings that decide what is computed."""
@@ -1846,29 +1795,25 @@ def parse_settings(script, argv=None):
     path = Path(script["__file__"])
     top = path.read_text(encoding="utf-8").partition("# --- end of settings")[0]
     comments = {name: comment for name, comment in SETTING.findall(top) if name in script}
-    kinds = dict(KINDS, question=choice("none", *script["QUESTIONS"], "all"))
     parser = argparse.ArgumentParser(
         path.name, "%(prog)s [--flag=value ...]", script["__doc__"], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     parser.error = wrong_setting
-    for name in kinds:
+    for name in KINDS:
         if name in script and name not in comments:
             wrong_setting(f"{name} must stand on a line of its own: {name} = value")
-    values = {"pretrained": "none"}  # the convnet has no such setting
+    values, flags = {"pretrained": "none"}, []  # the convnet has no such setting
     for name, comment in comments.items():
         values[name] = value = script[name]
-        kind = kinds.get(name) or kind_of(value)
-        if kind is None:
-            continue
-        try:  # as on the command line: norm_flag = 1 is True
-            values[name] = kind("none" if value is None else str(value))
-        except argparse.ArgumentTypeError as error:
-            wrong_setting(f"argument --{name}: {error}")
-        words = f"{comment or name} (default: {value})".replace("%", "%%")
-        bare = {"nargs": "?", "const": True} if kind is boolean else {}  # --norm_flag is True
-        parser.add_argument(f"--{name}", type=kind, metavar="VALUE", help=words, **bare)
+        kind = kind_of(name, value, script)
+        if kind:
+            words = f"{comment or name} (default: {value})".replace("%", "%%")
+            bare = {"nargs": "?", "const": True} if kind is boolean else {}  # --norm_flag is True
+            parser.add_argument(f"--{name}", type=kind, metavar="VALUE", help=words, **bare)
+            flags.append(f"--{name}={'none' if value is None else value}")
     if argv is None:
         argv = sys.argv[1:] if script["__name__"] == "__main__" else []
+    values.update(vars(parser.parse_args(flags)))  # the same checks as on the command line
     given = vars(parser.parse_args(argv))
     return Settings(**dict(values, **given), script=path.stem, given=set(given),
                     identity_names=sorted(comments.keys() - NOT_IN_IDENTITY))
@@ -1876,15 +1821,18 @@ def parse_settings(script, argv=None):
 def wrong_setting(message):
     raise UserError(f"{message} (--help lists the settings)", 2)
 
-def kind_of(value):
-    """The reader for a setting that the user added; None for a list, which becomes no flag."""
+def kind_of(name, value, script):
+    """The function that reads a setting; None for a list, which becomes no flag. One that the user
+    added is read as what it is."""
+    if name == "question":
+        return choice("none", *script["QUESTIONS"], "all")
+    if name in KINDS:
+        return KINDS[name]
     if value is None or isinstance(value, bool):
         return boolean
     if isinstance(value, (int, float)):
         return any_number
     return any_text if isinstance(value, str) else None
-
-
 # ========== running a script ==========
 
 def run(settings, mean, std, build_model, train, draw, questions, claims, summary, check):
@@ -1909,22 +1857,21 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
         folder = results_folder(settings, data.name, data.fingerprint)
     trained, failed = [], []
     if not settings.redraw:
-        make_writable(folder, folder / "records", FOLDER / "checkpoints")
+        make_writable(folder / "records", FOLDER / "checkpoints")
         trained, failed = train_all(runs, train, data, choose_dtype(device, settings.precision))
-        if rank_and_processes()[1] > 1 and not (trained and settings.question == "none"):
+        _, processes = rank_and_processes()
+        if processes > 1 and (settings.question != "none" or not trained):
             # An exit code other than 0 would make torchrun end the other processes.
             print("; ".join([*failed, "when all processes are done, --redraw shows the results"]))
             return []
     records = load_records(folder / "records")
-    if records:
-        write_csv(records, folder / "results.csv")
+    if not records or (failed and not trained):
+        raise UserError("; ".join(failed) or f"there are no records in {folder}")
+    write_csv(records, folder / "results.csv")
     if settings.question == "none":
-        shown = show_runs(settings, records, trained, failed, folder, data)
+        shown = show_runs(settings, records, trained, folder, data, failed)
     else:
         results = find_results(settings, questions, records, trained)
-        asked = results if settings.question == "all" else results.get(settings.question)
-        if not asked:
-            raise UserError("; ".join(failed) or nothing_found(records, folder))
         failed += missing_runs(settings, questions, results)
         shown = show_questions(settings, questions, claims, summary, results, draw, folder, data,
                                failed)
@@ -1932,14 +1879,39 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
         raise UserError("; ".join(failed))
     return shown
 
+def show_runs(settings, records, trained, folder, data, failed):
+    """Compare all experiments in a folder, and draw the one that was just trained. Returns its
+    records, or all if none was trained. A figure that fails adds a sentence to `failed`."""
+    experiments = group_experiments(records)
+    lines = compare_runs(experiments, settings.script, folder)
+    if trained:
+        records = [record for record in records if record["digest"] == trained[0]["digest"]
+                   and record["seed"] in settings.all_seeds()]
+    with drawing(failed):
+        plot_runs(experiments, folder / "runs.png", settings.script)
+        if trained:
+            lines += plot_experiment(records, folder, data)
+    write_page(lines, folder)
+    return records
+
+def plot_experiment(records, folder, data):
+    """One set of figures of an experiment and its seeds. Returns lines of a page that show them."""
+    title, name = records[0]["title"], records[0]["name"]
+    if len(records) > 1:
+        name = f"{slug(title)}_{records[0]['digest']}_{len(records)}_seeds"
+    names = [f"{name}_{kind}.png" for kind in ("curves", "filters", "classes")]
+    plot_learning_curves({"": records}, title, folder / names[0])
+    plot_filters(records[0], folder / names[1], title)
+    plot_classes(records, folder / names[2], title, data)
+    return pictures(names, folder)
+
 def show_questions(settings, questions, claims, summary, results, draw, folder, data, failed):
-    """Draw the questions that are asked, and those with two recorded rows; write the page.
-    Returns the records. A figure that fails adds a sentence to `failed`."""
+    """Draw the questions that are asked, and those with two recorded rows; write the page. Returns
+    their records. A figure that fails adds a sentence to `failed`."""
     results = {number: rows for number, rows in results.items()
                if settings.question in (number, "all") or len(rows) > 1}
     records = all_records(results)
-    verdicts = [judge(claim, results) for claim in claims]
-    verdicts = [verdict for verdict in verdicts if verdict is not None]
+    verdicts = [verdict for verdict in (judge(claim, results) for claim in claims) if verdict]
     with drawing(failed):
         for number, rows in results.items():
             draw(number, rows, folder, data)
@@ -1951,43 +1923,6 @@ def show_questions(settings, questions, claims, summary, results, draw, folder, 
     title = f"{settings.script}.py{''.join(given)}"
     write_page(page_lines(title, questions, results, verdicts, folder), folder)
     return records
-
-def nothing_found(records, folder):
-    """A sentence on what settings the records of a folder have."""
-    names = [experiment.name for experiment in group_experiments(records)]
-    more = [f"and {len(names) - 8} more"] if len(names) > 8 else []
-    found = "; ".join(names[:8] + more) or "none"
-    return f"no record in {folder} has these settings; there are: {found}"
-
-def show_runs(settings, records, trained, failed, folder, data):
-    """Show the experiment that was just trained, and compare all in its folder. Returns the records
-    of the experiment, or all if none was trained."""
-    if not records or (failed and not trained):
-        raise UserError("; ".join(failed) or f"there are no records in {folder}")
-    experiments = group_experiments(records)
-    lines = compare_runs(experiments, settings, folder)
-    shown = records
-    with drawing(failed):
-        plot_runs(experiments, folder / "runs.png", settings.script)
-        if trained:
-            asked = range(settings.seed, settings.seed + settings.seeds)
-            digest = digest_of(trained[0]["identity"])
-            shown = [record for record in records
-                     if digest_of(record["identity"]) == digest and record["seed"] in asked]
-            lines += plot_experiment(shown, folder, data)
-    write_page(lines, folder)
-    return shown
-
-def plot_experiment(records, folder, data):
-    """One set of figures of an experiment and its seeds. Returns lines of a page that show them."""
-    title, name = records[0]["title"], records[0]["name"]
-    if len(records) > 1:
-        name = f"{slug(title)}_{digest_of(records[0]['identity'])}_{len(records)}_seeds"
-    figures = [f"{name}_{kind}.png" for kind in ("curves", "filters", "classes")]
-    plot_learning_curves({"": records}, title, folder / figures[0])
-    plot_filters(records[0], folder / figures[1], title)
-    plot_classes(records, folder / figures[2], title, data)
-    return [f"![{figure}]({figure})\n" for figure in figures]
 
 def train_all(runs, train, data, dtype):
     """Train these runs, or this process's share of them, by train(settings, data, dtype). Returns
@@ -2003,13 +1938,6 @@ def train_all(runs, train, data, dtype):
             if error.exit_code == 2:  # a wrong setting: the other runs have it, too
                 raise
             failed.append(str(error))
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            failed.append("batch norm cannot train on a single image: give a larger --batch_size")
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("interrupted: use --resume to go on from the last saved "
-                                    "epoch") from None
     return records, without_repeats(failed)
 
 def rank_and_processes():
@@ -2020,13 +1948,12 @@ def rank_and_processes():
     return 0, 1
 
 def make_writable(*folders):
-    """Make the folders, if they are not there. Raises UserError if one cannot be written, so
-    that we fail before the training."""
+    """Make the folders, if they are not there. Raises UserError if one cannot be written, so that
+    we fail before the training."""
     for folder in folders:
         try:
-            with atomic_write(folder / ".writable") as temporary:
-                temporary.touch()
-            (folder / ".writable").unlink(missing_ok=True)  # torchrun's other processes do the same
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror}") from error
 
@@ -2056,12 +1983,14 @@ def run_script(main):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", exit_code))
+    except (UserError, OSError) as error:
+        leave(error, getattr(error, "exit_code", 1))
+    except KeyboardInterrupt:
+        leave("interrupted: use --resume to go on from the last saved epoch", 130)
 
-
+def leave(sentence, exit_code):
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    sys.exit(exit_code)
 # ========== prediction ==========
 
 def predict(settings, build_model, device):

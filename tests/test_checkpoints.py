@@ -97,22 +97,17 @@ def test_a_kill_between_any_two_files_loses_nothing(run, small, call):
     assert outcome(small / "broken") == outcome(small / "whole")
 
 
-@pytest.mark.parametrize(("less", "more", "recipe"), [
-    ("--num_epochs=2", "--num_epochs=4", []),
-    ("--patience=1", "--patience=3", ["--learning_rate=1e-12", "--monitor=accuracy"])])
-def test_more_epochs_or_patience_go_on_as_if_given_at_once(run, small, less, more, recipe):
-    """With less the run would have ended before: that is refused in one sentence."""
-    whole = run("convnet", "whole", *recipe, more)
-    shorter = run("convnet", "longer", *recipe, less)
-    longer = run("convnet", "longer", *recipe, more, "--resume")
-    assert len(shorter["history"]["val_loss"]) < len(whole["history"]["val_loss"])
+def test_more_epochs_go_on_as_if_given_at_once(run, small):
+    """Fewer are refused in one sentence."""
+    whole = run("convnet", "whole", "--num_epochs=4")
+    run("convnet", "longer", "--num_epochs=2")
+    longer = run("convnet", "longer", "--num_epochs=4", "--resume")
     assert comparable([longer, checkpoints_in(small / "longer")]) == comparable(
         [whole, checkpoints_in(small / "whole")])
     assert len(records_in(small / "longer")) == 2
     kept = outcome(small / "longer")
-    with pytest.raises(utils.UserError, match=r"give a larger .*, or leave out --resume$") as error:
-        run("convnet", "longer", *recipe, less, "--resume")
-    assert less[:-2] in str(error.value)
+    with pytest.raises(utils.UserError, match="give a larger --num_epochs, or leave out --resume$"):
+        run("convnet", "longer", "--num_epochs=2", "--resume")
     assert outcome(small / "longer") == kept
 
 

@@ -21,8 +21,8 @@ CHANNELS = ("class ConvNet(", "CHANNELS = (16, *CHANNELS[1:])\n\n\nclass ConvNet
 EDITS = {  # how a run is named: the edit of the script
     "norm_flag True": ("norm_flag = False", "norm_flag = True"),
     "dropout 0.3": ("dropout = 0 ", "dropout = 0.3 "),
-    "augmentation rotation": ROTATION, "layers.2: GELU": GELU, "optimizer: SGD": SGD,
-    "layers.0 out_channels: 16": CHANNELS}
+    "augmentation rotation": ROTATION, "layer 3 GELU": GELU, "optimizer SGD": SGD,
+    "Conv2d out_channels 16": CHANNELS}
 
 
 def table(out):
@@ -41,7 +41,7 @@ def test_each_run_is_named_by_what_distinguishes_it(small, monkeypatch, capsys):
     edited(small, ROTATION).main(ARGV)
     rows = table(capsys.readouterr().out)
     baseline, *names = [row["run"].split(", ") for row in rows]
-    for words, name in zip([*EDITS, "rotation degrees: 10"], names, strict=True):
+    for words, name in zip([*EDITS, "rotation degrees 10"], names, strict=True):
         assert words in name
         assert words not in baseline
     assert baseline[0]
@@ -55,16 +55,14 @@ def test_each_run_is_named_by_what_distinguishes_it(small, monkeypatch, capsys):
     ([], [("nn.ReLU(inplace=True)", "nn.ReLU()")], "inplace: True"),
     ([], [("fused=True", "fused=True, betas=(0.8, 0.999)")], "betas 0: 0.8")])
 def test_of_two_runs_the_difference_tells_them_apart(small, capsys, first, second, words):
-    """It is the name of the run, whichever ran first; the other's has the same words before it."""
+    """It is the name of the run, whichever ran first."""
     for order in (first, second), (second, first):
         shutil.rmtree(small / "figures", ignore_errors=True)
         for edits in order:
             edited(small, *edits).main(ARGV)
         names = [row["run"] for row in table(capsys.readouterr().out)]
         assert sum(words in name for name in names) == 1
-        if words in EDITS:
-            assert words in names
-            assert len({name.rpartition(" ")[0] for name in names}) == 1
+        assert words not in EDITS or words in names
 
 
 @pytest.mark.parametrize(("before", "last", "words"), [

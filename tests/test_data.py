@@ -6,10 +6,8 @@ import pickle
 import re
 import shutil
 import socket
-import struct
 import unicodedata
 import urllib.request
-import zlib
 from functools import partial
 from urllib.error import URLError
 
@@ -311,7 +309,6 @@ PICTURE = PICTURE.repeat(8, axis=0).repeat(8, axis=1)  # 32 x 32, which JPEG kee
 PHOTO = Image.fromarray(PICTURE)
 EXIF = Image.Exif()
 EXIF[0x0112] = 6  # the camera was turned: to be shown a quarter clockwise
-PROFILE = f"\nexif\n{len(EXIF.tobytes()):8}\n{EXIF.tobytes().hex()}\n".encode()
 
 
 def saved(kind, image=PHOTO, **options):
@@ -321,21 +318,9 @@ def saved(kind, image=PHOTO, **options):
     return content.getvalue()
 
 
-def chunk(kind, content):
-    """A part of a PNG."""
-    return struct.pack(">I4s", len(content), kind) + content + struct.pack(
-        ">I", zlib.crc32(kind + content))
-
-
 TURNED = {"jpeg": saved("jpeg", quality=100, subsampling=0), "png": saved("png"),
           "tiff": saved("tiff"), "tiff, lzw": saved("tiff", compression="tiff_lzw"),
           "webp": saved("webp", lossless=True)}
-for kind, note in ((b"eXIf", EXIF.tobytes()[6:]), (b"tEXt", b"Raw profile type APP1\0" + PROFILE),
-                   (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(PROFILE))):
-    for following in b"IDAT", b"IEND":  # before and after the pixels
-        bare = saved("png", exif=b"")
-        place = bare.index(following) - 4
-        TURNED[f"{kind} {note[:21]} {following}"] = bare[:place] + chunk(kind, note) + bare[place:]
 
 
 @pytest.mark.parametrize("kind", TURNED)
@@ -366,17 +351,8 @@ def test_every_kind_of_picture_becomes_rgb_on_white(tmp_path, image, name, optio
     assert pixel.tolist() == pytest.approx(expected, abs=3)
 
 
-ROWS = zlib.compress(bytes(32 * (1 + 32 * 6)))  # 32 x 32, three channels of 16 bits
-PNG = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)) + (
-    chunk(b"IDAT", ROWS) + chunk(b"IEND", b""))
-TIFF = struct.pack("<2sHIH", b"II", 42, 8, 9) + b"".join(
-    struct.pack("<HHII", *tag) for tag in [
-        (256, 3, 1, 32), (257, 3, 1, 32), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2),
-        (273, 4, 1, 128), (277, 3, 1, 3), (278, 3, 1, 32), (279, 4, 1, 6144)]
-    ) + struct.pack("<I3H", 0, 16, 16, 16) + bytes(6144)
-
-
-@pytest.mark.parametrize("content", [PNG, TIFF, saved("png", image=new("I;16", color=4000))])
+@pytest.mark.parametrize("content", [
+    saved("png", image=new("I;16", color=4000)), saved("tiff", image=new("F", color=0.5))])
 def test_more_than_8_bits_are_refused(tmp_path, content):
     path = tmp_path / "x"
     path.write_bytes(content)

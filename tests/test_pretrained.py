@@ -173,4 +173,4 @@ def test_features_computed_once_give_the_same_numbers_as_in_every_epoch(
 def test_the_head_cannot_train_on_a_single_image_which_one_sentence_says(run, flags, network):
     with pytest.raises(utils.UserError, match="^batch norm cannot .* single image.*$") as error:
         run(*flags, *network)
-    assert error.value.exit_code == 1
+    assert error.value.exit_code == 2

@@ -218,23 +218,6 @@ def test_precise_bn_is_that_of_the_layers_that_train_and_is_told(
         [100 * value for value in expected.values()])
 
 
-@pytest.mark.parametrize(("accuracies", "going_on", "refused"), [
-    ([0.1, 0, 0], {0: False, 2: True, 3: False}, [1]),
-    ([0.1, 0, 0, 0.2, 0], {0: False, 3: False}, [1, 2])])  # after a wait of two the best
-def test_a_stopper_goes_on_from_its_state_unless_it_would_have_stopped_before(
-        accuracies, going_on, refused):
-    stopper, model = utils.EarlyStopping(0), nn.Linear(1, 1)
-    for epoch, accuracy in enumerate(accuracies, start=1):
-        stopper.update(epoch, 1.0, accuracy, model)
-    for patience, stops in going_on.items():
-        resumed = utils.EarlyStopping(patience)
-        resumed.load_state_dict(stopper.state_dict())
-        assert resumed.should_stop == stops
-    for patience in refused:
-        with pytest.raises(utils.UserError, match=f"^--patience={patience} .* epoch .*--resume$"):
-            utils.EarlyStopping(patience).load_state_dict(stopper.state_dict())
-
-
 @pytest.mark.parametrize(("script", "argv"), [
     (ex3_convnet, []), (ex3_pretrained, ["--pretrained=none", "--augmentation=none"])])
 @pytest.mark.parametrize(("flags", "losses", "accuracies", "best", "epochs"), [
@@ -283,18 +266,6 @@ def test_of_many_test_images_the_first_thousand_count_apart(small_convnet, data)
     for position, taken_for, probability in tested["mistakes"]:
         assert taken_for == predicted[position] != labels[position]
         assert probability == pytest.approx(probabilities[position].item())
-
-
-@pytest.mark.parametrize(("val", "argv", "told"), [
-    (99, ["--earlystop"], True), (100, ["--earlystop"], False), (99, [], False)])
-def test_below_a_hundred_validation_images_the_best_epoch_is_called_in_question(
-        small, monkeypatch, capsys, val, argv, told):
-    *made, _ = utils.make_synthetic()
-    sizes = {"train": 60, "val": val, "test": 120 - val}
-    monkeypatch.setattr(utils, "make_synthetic", lambda: (*made, sizes))
-    ex3_convnet.main([*TINY, "--num_validation=0", *argv])
-    output = capsys.readouterr().out
-    assert (f"{val} validation images: too few to tell which epoch" in output) == told
 
 
 @pytest.mark.parametrize(("dogs", "told"), [(9, True), (8, False)])
