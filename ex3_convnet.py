@@ -233,46 +233,40 @@ SUMMARY = {  # rows of summary.png: the question and the row that has them
     "batch norm + dropout 0.3": ("3b", "dropout 0.3")}
 
 def others_than(name, question):
-    """The other rows of a question, except those without batch norm, as sides of a claim."""
-    return [(row.name, "test_accuracy") for row in QUESTIONS[question].rows
+    """The other rows of a question, except those without batch norm."""
+    return [row.name for row in QUESTIONS[question].rows
             if row.name != name and "norm_flag" not in row.changes]
 
 CLAIMS = [  # the report's own conclusions first
-    Claim("2a", "Batch norm is better", ("with batch norm", "test_accuracy"),
-          [("without batch norm", "test_accuracy")], above=0, report="test 79.9 → 81.9",
-          report_difference=2.0),
+    Claim("2a", "Batch norm is better", "with batch norm", ["without batch norm"], above=0,
+          report="test 79.9 → 81.9", report_difference=2.0),
     Claim("2b", "Past the best epoch nothing is gained, without batch norm",
-          ("early stopping, without batch norm", "latest_test_accuracy"),
-          [("early stopping, without batch norm", "test_accuracy")], below=0.5,
-          report="validation 81.5 → 79.6", report_difference=-1.9),
+          "early stopping, without batch norm", key="latest_test_accuracy",
+          other_key="test_accuracy", below=0.5, report="validation 81.5 → 79.6",
+          report_difference=-1.9),
     Claim("2b", "Past the best epoch nothing is gained, with batch norm",
-          ("early stopping, with batch norm", "latest_test_accuracy"),
-          [("early stopping, with batch norm", "test_accuracy")], below=0.5,
-          report="validation 84.9 → 81.8", report_difference=-3.1),
-    Claim("3a", "Horizontal flip helps", ("horizontal_flip", "test_accuracy"),
-          [("no augmentation", "test_accuracy")], above=0, report="validation 82.9 → 84.9",
-          report_difference=2.0),
-    Claim("3a", "Horizontal flip is the best technique", ("horizontal_flip", "test_accuracy"),
+          "early stopping, with batch norm", key="latest_test_accuracy",
+          other_key="test_accuracy", below=0.5, report="validation 84.9 → 81.8",
+          report_difference=-3.1),
+    Claim("3a", "Horizontal flip helps", "horizontal_flip", ["no augmentation"], above=0,
+          report="validation 82.9 → 84.9", report_difference=2.0),
+    Claim("3a", "Horizontal flip is the best technique", "horizontal_flip",
           others_than("horizontal_flip", "3a"), above=0,
           report="validation 84.9, the next 80.0", report_difference=4.9),
-    Claim("3b", "Dropout 0.3 helps", ("dropout 0.3", "test_accuracy"),
-          [("no dropout", "test_accuracy")], above=0, report="validation 82.9 → 85.9",
-          report_difference=3.0),
-    Claim("3b", "Dropout 0.3 is the best rate", ("dropout 0.3", "test_accuracy"),
-          others_than("dropout 0.3", "3b"), above=0,
-          report="validation 85.9, the next 85.8", report_difference=0.1),
-    Claim("3b", "Dropout 0.3 is better than 0.7", ("dropout 0.3", "test_accuracy"),
-          [("dropout 0.7", "test_accuracy")], above=0, report="validation 66.0 → 85.9",
-          report_difference=19.9),
-    Claim("3b", "At dropout 0.9 the network is at chance", ("dropout 0.9", "test_accuracy"), [],
-          constant=10.0, below=2, report="validation 10.3", report_difference=0.3),
+    Claim("3b", "Dropout 0.3 helps", "dropout 0.3", ["no dropout"], above=0,
+          report="validation 82.9 → 85.9", report_difference=3.0),
+    Claim("3b", "Dropout 0.3 is the best rate", "dropout 0.3", others_than("dropout 0.3", "3b"),
+          above=0, report="validation 85.9, the next 85.8", report_difference=0.1),
+    Claim("3b", "Dropout 0.3 is better than 0.7", "dropout 0.3", ["dropout 0.7"], above=0,
+          report="validation 66.0 → 85.9", report_difference=19.9),
+    Claim("3b", "At dropout 0.9 the network is at chance", "dropout 0.9", constant=10.0, below=2,
+          report="validation 10.3", report_difference=0.3),
     # what the report leaves open
     Claim("3a", "Not in the report: trained on scaled images, it is better on scaled than on plain",
-          ("scaling", "val_accuracy_augmented"), [("scaling", "val_accuracy")], above=0,
+          "scaling", key="val_accuracy_augmented", other_key="val_accuracy", above=0,
           report="76.7; it does not say on which images"),
-    Claim("3b", "Not in the report: precise BN helps at dropout 0.8 (validation)",
-          ("dropout 0.8", "val_accuracy_recalibrated"), [("dropout 0.8", "val_accuracy")],
-          above=0),
+    Claim("3b", "Not in the report: precise BN helps at dropout 0.8 (validation)", "dropout 0.8",
+          key="val_accuracy_recalibrated", other_key="val_accuracy", above=0),
 ]
 
 

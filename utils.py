@@ -3,6 +3,7 @@ checkpoints, runs and records, comparing runs, figures, the report's questions a
 report's conclusions, settings, running a script, prediction, device; in this order."""
 
 import argparse
+import ast
 import base64
 import copy
 import csv
@@ -1373,7 +1374,7 @@ def plot_conclusions(verdicts, path, with_report):
                       label="95 % interval")
         if with_report and claim.report_difference is not None:
             axis.plot(claim.report_difference, y + 0.22, **REPORT)
-        rival = f" (against {verdict.rival})" if len(claim.others) > 1 else ""
+        rival = f" (against {verdict.rival})" if len(claim.rivals) > 1 else ""
         left.append(textwrap.fill(claim.text + rival, 48))
         right.append(f"{MARKS[verdict.word]} {verdict.word}\n{verdict.seeds}")
     for side, words in (axis, left), (axis.secondary_yaxis("right"), right):
@@ -1573,15 +1574,17 @@ PRECEDENCE = ["does not hold", "undecided", "too few seeds", "holds"]  # of seve
 
 @dataclass
 class Claim:
-    """A conclusion of the report: the accuracy of `first` minus that of each of `others` (or minus
-    a constant) lies between `above` and `below`, in points."""
+    """A conclusion of the report: the accuracy of a row minus that of each of its rivals, or minus
+    another accuracy of the same row, or minus a constant, lies between `above` and `below`."""
 
     question: str
     text: str
-    first: tuple  # (row, key of a result)
-    others: list  # of the same
+    row: str
+    rivals: list = field(default_factory=list)  # other rows
+    key: str = "test_accuracy"  # of the results
+    other_key: str = ""  # of the same row
     constant: float | None = None  # in %
-    above: float = -math.inf
+    above: float = -math.inf  # in points of accuracy
     below: float = math.inf
     report: str = ""  # its numbers, in words
     report_difference: float | None = None  # in points
@@ -1628,49 +1631,47 @@ def difference_of(first, second, paired=False, level=0.95):
 def judge(claim, results):
     """The Verdict on a claim; None if it is not measured.
 
-    Against several others it holds if every 95 % interval is within its limits (intersection-union,
+    Against several rivals it holds if every 95 % interval is within its limits (intersection-union,
     Berger 1982); it does not if one is outside, at a level corrected for the choice (Bonferroni).
     """
-    first = sample_of(claim.first, claim.question, results)
-    if not first:
+    ours = sample_of(claim.row, claim.key, claim.question, results)
+    if claim.constant is not None:
+        samples = {"": dict.fromkeys(ours, claim.constant)}
+    elif claim.other_key:
+        samples = {"": sample_of(claim.row, claim.other_key, claim.question, results)}
+    else:
+        samples = {rival: sample_of(rival, claim.key, claim.question, results)
+                   for rival in claim.rivals}
+    if claim.other_key and samples[""] == ours:  # the best epoch is the last one
         return None
-    verdicts, missing = [], []
-    for other in claim.others:
-        second = sample_of(other, claim.question, results)
-        is_the_same = other[0] == claim.first[0] and first == second  # best and last epoch
-        if not second:
-            missing.append(other[0])
-        elif not is_the_same:
-            verdicts.append(compare(claim, first, other[0], second))
-    if claim.constant is not None:  # as if it were the accuracy of the same networks
-        second = dict.fromkeys(first, claim.constant)
-        verdicts.append(compare(claim, first, claim.first[0], second))
+    verdicts = [compare(claim, ours, rival, sample)
+                for rival, sample in samples.items() if ours and sample]
     if not verdicts:
         return None
     decisive = min(verdicts, key=lambda verdict: (
         PRECEDENCE.index(verdict.word), verdict.difference.mean))
+    missing = [rival for rival, sample in samples.items() if not sample]
     if missing and decisive.word in ("too few seeds", "holds"):
         decisive.word, decisive.rival = "not measured", ", ".join(missing)
     return decisive
 
-def sample_of(side, question, results):
-    """The accuracies of a side of a claim, {seed: accuracy in %}; its own question comes first."""
-    row, key = side
+def sample_of(row, key, question, results):
+    """An accuracy of a row, {seed: %}; its own question comes first."""
     for rows in (results.get(question, {}), *results.values()):
         if row in rows:
             return accuracies_of(rows[row], key)
     return {}
 
-def compare(claim, first, rival, second):
-    """The Verdict on a claim about one rival. first, second: {seed: accuracy in %}."""
-    paired = rival == claim.first[0]  # two states of the same networks
+def compare(claim, ours, rival, theirs):
+    """The Verdict on a claim about one rival. ours, theirs: {seed: accuracy in %}."""
+    paired = not claim.rivals  # two states of the same networks
     if paired:
-        seeds = sorted(first.keys() & second.keys())
-        first, second = ({seed: sample[seed] for seed in seeds} for sample in (first, second))
-    difference = difference_of(first, second, paired)
-    corrected = difference_of(first, second, paired, 1 - 0.05 / max(1, len(claim.others)))
+        ours = {seed: ours[seed] for seed in theirs if seed in ours}
+        theirs = {seed: theirs[seed] for seed in ours}
+    difference = difference_of(ours, theirs, paired)
+    corrected = difference_of(ours, theirs, paired, 1 - 0.05 / max(1, len(claim.rivals)))
     if difference.low is None:
-        is_enough = min(len(first), len(second)) >= MIN_SEEDS
+        is_enough = min(len(ours), len(theirs)) >= MIN_SEEDS
         word = "undecided" if is_enough else "too few seeds"
     elif corrected.high < claim.above or claim.below < corrected.low:
         word = "does not hold"
@@ -1678,10 +1679,10 @@ def compare(claim, first, rival, second):
         word = "holds"
     else:
         word = "undecided"
-    means = [np.mean(list(sample.values())) for sample in (first, second)]
-    seeds = plural(len(second), "seed")
+    means = [np.mean(list(sample.values())) for sample in (ours, theirs)]
+    seeds = plural(len(theirs), "seed")
     if not paired:
-        seeds = f"{len(first)} and {seeds}"
+        seeds = f"{len(ours)} and {seeds}"
     return Verdict(claim, word, rival, means, difference, seeds)
 
 def claim_line(verdict, with_report):
@@ -1690,7 +1691,7 @@ def claim_line(verdict, with_report):
     text = f"- {MARKS[verdict.word]} **{claim.text}: {verdict.word}"
     if verdict.word == "not measured":
         return f"{text}: {verdict.rival}.**"
-    rival = f" ({verdict.rival})" if len(claim.others) > 1 else ""
+    rival = f" ({verdict.rival})" if len(claim.rivals) > 1 else ""
     text += f".** {ours:.1f} % against {theirs:.1f}{rival}, difference {verdict.difference}"
     tolerance = max(abs(limit) for limit in (claim.above, claim.below) if math.isfinite(limit))
     if tolerance > 0:
@@ -1700,8 +1701,6 @@ def claim_line(verdict, with_report):
 # ========== settings ==========
 # A setting is a name that is assigned at the top of a script, above "# --- end of settings". Each
 # is a flag, too: the comment beside it is the flag's help text.
-
-SETTING = re.compile(r"^(\w+)(?:: *\w+)? *=(?!=).*?(?:  # (.*))?$", re.MULTILINE)
 
 def wrong_value(text, words):
     """The error for an invalid value; argparse adds the name of the setting."""
@@ -1793,15 +1792,11 @@ def parse_settings(script, argv=None):
     """The Settings of a script (its globals()), overridden by the flags in argv (None: those of the
     command line, if the script is run). Raises UserError (exit code 2)."""
     path = Path(script["__file__"])
-    top = path.read_text(encoding="utf-8").partition("# --- end of settings")[0]
-    comments = {name: comment for name, comment in SETTING.findall(top) if name in script}
+    comments = find_settings(path.read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(
         path.name, "%(prog)s [--flag=value ...]", script["__doc__"], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     parser.error = wrong_setting
-    for name in KINDS:
-        if name in script and name not in comments:
-            wrong_setting(f"{name} must stand on a line of its own: {name} = value")
     values, flags = {"pretrained": "none"}, []  # the convnet has no such setting
     for name, comment in comments.items():
         values[name] = value = script[name]
@@ -1817,6 +1812,19 @@ def parse_settings(script, argv=None):
     given = vars(parser.parse_args(argv))
     return Settings(**dict(values, **given), script=path.stem, given=set(given),
                     identity_names=sorted(comments.keys() - NOT_IN_IDENTITY))
+
+def find_settings(source):
+    """The settings in the source of a script, {name: comment}. Raises UserError."""
+    top = source.partition("# --- end of settings")[0]
+    settings = {}
+    for node in ast.parse(top).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            names = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if len(names) > 1 or not isinstance(names[0], ast.Name):
+                wrong_setting(f"{ast.unparse(node)}: give each setting a line of its own")
+            last_line = top.splitlines()[node.end_lineno - 1]
+            settings[names[0].id] = last_line.partition("  # ")[2]
+    return settings
 
 def wrong_setting(message):
     raise UserError(f"{message} (--help lists the settings)", 2)

@@ -136,8 +136,7 @@ def test_figures_grow_with_their_rows(folder, figures, monkeypatch, rows, name):
     questions = {number: Question("?", [Row(run, {}) for run in runs])
                  for number in ("2b", "3a", "3b")}
     monkeypatch.setattr(ex3_convnet, "QUESTIONS", questions)
-    claims = [utils.Claim("3a", f"{run} is better", (run, "test_accuracy"), [], constant=10.0,
-                          above=0) for run in runs]
+    claims = [utils.Claim("3a", f"{run} is better", run, constant=10.0, above=0) for run in runs]
     verdicts = [utils.judge(claim, {"3a": runs}) for claim in claims]
     failed = []
     with utils.drawing(failed):

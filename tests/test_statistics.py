@@ -25,8 +25,7 @@ def results(**runs):
 
 def claim_on_test(first, *others, **limits):
     """A claim about the test accuracies of rows."""
-    rivals = [(other, "test_accuracy") for other in others]
-    return Claim("1", "", (first, "test_accuracy"), rivals, **limits)
+    return Claim("1", "", first, list(others), **limits)
 
 
 def verdict(first, *others, above=0.0, below=math.inf):
@@ -131,7 +130,7 @@ def test_best_and_last_epoch_of_the_same_networks(latest, word):
     found = results(a=(80, 81, 82, 83))
     for record, accuracy in zip(found["1"]["a"], latest):
         record["result"]["latest_test_accuracy"] = None if accuracy is None else accuracy / 100
-    claim = Claim("1", "", ("a", "latest_test_accuracy"), [("a", "test_accuracy")], below=0.1)
+    claim = Claim("1", "", "a", key="latest_test_accuracy", other_key="test_accuracy", below=0.1)
     assert getattr(utils.judge(claim, found), "word", None) == word
 
 
