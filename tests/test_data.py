@@ -304,6 +304,15 @@ def test_two_folders_of_one_name_and_one_named_like_a_data_set_share_nothing(
     assert len(records_in(folder)) == len([*folder.glob("checkpoints/*")]) == 3
 
 
+def test_photos_of_renamed_classes_are_other_data_and_a_note_among_them_is_no_cifar_10(photos):
+    before = load(photos).fingerprint
+    (photos / "cifar-10-notes.txt").write_text("to do")
+    assert load(photos).fingerprint == before
+    for part in "train", "test":
+        (photos / part / "dog").rename(photos / part / "dolphin")
+    assert load(photos).fingerprint != before
+
+
 PICTURE = np.random.default_rng(1).integers(0, 256, (4, 4, 3), dtype=np.uint8)
 PICTURE = PICTURE.repeat(8, axis=0).repeat(8, axis=1)  # 32 x 32, which JPEG keeps
 PHOTO = Image.fromarray(PICTURE)

@@ -157,6 +157,50 @@ def test_figures_grow_with_their_rows(folder, figures, monkeypatch, rows, name):
         assert 0 <= box.y0 <= box.y0 + 50 < box.y1 <= height
 
 
+def test_an_early_stop_is_marked_only_where_a_run_has_stopped(folder, figures):
+    records = published("ConvNet, early stopping")[:2]
+    for record, waited in zip(records, (10, 9)):
+        record["result"]["best_epoch"] = len(record["history"]["val_loss"]) - waited
+    ex3_convnet.draw("2b", {"early stopping, with batch norm": records}, folder, None)
+    squares = [line for line in figures[0].axes[0].lines if line.get_marker() == "s"]
+    assert [line.get_xdata()[0] for line in squares] == [len(records[0]["history"]["val_loss"])]
+
+
+def test_ten_panels_in_three_columns_have_the_epochs_below_each_column():
+    _, axes = utils.new_figure(10, 3, 2, 2, sharex=True, sharey=True)
+    labelled = [axis.xaxis.get_tick_params()["labelbottom"] for axis in axes]
+    assert labelled[-3:] == [True] * 3
+
+
+def test_a_flat_loss_is_not_on_the_frame_and_other_data_fill_the_zoom(folder, figures):
+    records = published("ConvNet, batch norm")[:1]
+    records[0]["history"] |= dict.fromkeys(("train_loss", "val_loss"), [2.3] * 20)
+    records[0]["identity"]["data"]["train"] = 500
+    utils.plot_learning_curves({"": records}, "", folder)
+    low, high = figures[0].axes[0].get_ylim()
+    assert low < 2.2 < 2.35 < high
+    ex3_convnet.draw("3b", {"no dropout": records}, folder, None)
+    assert figures[1].axes[1].get_ylim() == (0, 101)
+
+
+def test_a_class_name_that_the_font_lacks_is_a_code_that_the_output_explains(
+        folder, figures, capsys):
+    record, = published("ConvNet")[:1]
+    record["classes"][3:5] = "猫", "犬"
+    utils.plot_classes([record], folder, "")
+    labels = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert labels[2:6] == ["bird", r"\u732b", r"\u72ac", "dog"]
+    assert capsys.readouterr().out == "In the figure, \\u732b is 猫, \\u72ac is 犬\n"
+
+
+def test_the_caption_says_that_seeds_ran_on_different_code():
+    records = published("ConvNet")[:3]
+    for record, commit in zip(records, ("a", "b", "a")):
+        record["commit"] = commit
+    assert utils.caption(records).endswith(", 3 runs, 2 versions of the code")
+    assert "versions" not in utils.caption([records[0], records[2]])
+
+
 def test_a_figure_compares_the_last_six_runs(folder, figures):
     experiments = utils.group_experiments(published())
     utils.plot_runs(experiments, folder / "runs.png", "script")

@@ -1,5 +1,6 @@
 """The identity of a run, and what is read from a folder of records."""
 
+import ast
 import csv
 import hashlib
 import json
@@ -231,6 +232,16 @@ def test_what_an_older_record_lacks_is_shown_as_a_dash(small):
     row, = (line for line in page(small).splitlines() if line.startswith("| with batch norm"))
     assert [cell == " – " for cell in row.split("|")[2:8]] == [
         False, False, False, False, True, True]
+
+
+def test_a_note_may_be_longer_than_a_file_name(small):
+    assert ex3_convnet.main([*ARGV, f"--note={'é' * 300}"])[0]["note"] == "é" * 300
+
+
+@pytest.mark.parametrize("name", ["utils", "ex3_convnet", "ex3_pretrained"])
+def test_nothing_is_checked_by_an_assert_which_python_o_leaves_out(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree))
 
 
 def test_a_commit_is_that_of_the_repository_that_tracks_the_script(

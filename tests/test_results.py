@@ -115,6 +115,16 @@ def test_torchrun_shares_the_runs_of_a_question(project, photos):
         assert [done.stdout.count(f"{title} {i}: ") for i in range(3)] == [1, 1, 0]
 
 
+@pytest.mark.parametrize(("rank", "runs"), [("0", 1), ("1", 0)])
+def test_a_single_experiment_under_torchrun_leaves_its_figures(
+        folder, few, small_convnet, monkeypatch, rank, runs):
+    """By the process that has run it; the other one ends well."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert len(ex3_convnet.main(ARGV)) == runs
+    assert len([*folder.glob("figures/*/*/*_curves.png")]) == runs
+
+
 @pytest.mark.parametrize("variables", [
     {"RANK": "1"}, {"RANK": ""}, {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""},
     {"RANK": "1", "WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}])
@@ -172,6 +182,17 @@ def test_a_redrawn_question_shows_the_runs_with_its_settings(small):
         for words in "reg 0.1", "dropout 0.2", "learning_rate 0.01":
             assert words in str(error.value)
     assert files_in(small) == before
+
+
+def test_missing_runs_of_a_question_are_named_and_what_is_there_is_drawn(small):
+    ex3_convnet.main([*TWO_A, "--seeds=2"])
+    for seed, words in (1, "without batch norm, seed 1"), (0, "without batch norm"):
+        next(small.glob(f"figures/*/*/records/convnet_*seed{seed}.json")).unlink()
+        with pytest.raises(utils.UserError, match=f"^question 2a lacks .*: {words}$") as error:
+            ex3_convnet.main([*TWO_A, "--seeds=2", "--redraw"])
+        assert error.value.exit_code == 1
+        assert "| with batch norm |" in page(small)
+    assert "| without batch norm |" not in page(small)
 
 
 def test_a_page_names_its_flags_and_shows_what_was_asked_or_compares_something(small):
