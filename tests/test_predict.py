@@ -137,10 +137,10 @@ def test_a_network_that_is_not_the_trained_one_is_refused(
     monkeypatch.setattr(ex3_convnet, "build_model", edited)
     for content in [1], {"model": {}}:  # nor are these
         torch.save(content, photos / "other.ckpt")
-        with pytest.raises(utils.UserError, match=r"/other\.ckpt does not hold the network"):
+        with pytest.raises(utils.UserError, match=r"/other\.ckpt was not written by the network"):
             ex3_convnet.main([f"--checkpoint={photos / 'other.ckpt'}", f"--predict={photos}"])
     for script in ex3_convnet, ex3_pretrained:
-        with pytest.raises(utils.UserError, match=rf"does not hold .*{script.__name__}\.py"):
+        with pytest.raises(utils.UserError, match=rf"was not written by .*{script.__name__}\.py"):
             script.main([checkpoint, f"--predict={photos}"])
 
 

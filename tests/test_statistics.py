@@ -32,7 +32,7 @@ def verdict(first, *others, above=0.0, below=math.inf):
     """The word for the claim that the first is better than each of the others."""
     names = [f"other{i}" for i in range(len(others))]
     claim = claim_on_test("first", *names, above=above, below=below)
-    return utils.judge(claim, results(first=first, **dict(zip(names, others)))).word
+    return utils.judge(claim, results(first=first, **dict(zip(names, others)))).outcome
 
 
 def welch_interval(x, y):
@@ -55,7 +55,7 @@ def test_two_runs_are_compared_by_welchs_t(x, y):
 
 def test_two_states_of_the_same_networks_are_compared_by_the_differences():
     """The seeds differ by far more than what training on has changed: 0.5, 0.8 and 0.5."""
-    before, after = {0: 79.5, 1: 70.2, 2: 75}, {0: 80, 1: 71, 2: 75.5}
+    before, after = [79.5, 70.2, 75], [80, 71, 75.5]
     found = utils.difference_of(after, before, paired=True)
     half = T95[2] * math.sqrt(0.03 / 3)
     assert astuple(found) == pytest.approx((0.6, 0.6 - half, 0.6 + half), rel=1e-6)
@@ -82,7 +82,7 @@ def test_the_best_is_not_known_while_others_are_not_measured(measured, word, riv
     """Unless one of those that are measured decides it."""
     found = utils.judge(claim_on_test("best", "a", "b", "c", above=0),
                         results(best=(90, 91, 92), a=measured))
-    assert (found.word, found.rival) == (word, rival)
+    assert (found.outcome, found.rival) == (word, rival)
 
 
 def test_that_it_is_the_best_needs_no_correction_and_that_another_is_better_does():
@@ -100,7 +100,7 @@ def test_that_it_is_the_best_needs_no_correction_and_that_another_is_better_does
 def test_the_comparison_that_decides_a_claim_is_shown(a, b, c, word, rival, difference):
     """Of c's seeds one can tell less."""
     found = utils.judge(claim_on_test("a", "b", "c", above=0), results(a=a, b=b, c=c))
-    assert (found.word, found.rival, found.seeds) == (word, rival, "3 and 3 seeds")
+    assert (found.outcome, found.rival, found.seeds) == (word, rival, "3 and 3 seeds")
     assert found.difference.mean == pytest.approx(difference)
     assert found.means == pytest.approx([np.mean(a), np.mean(a) - difference])
 
@@ -118,7 +118,7 @@ def test_two_runs_are_level_if_the_interval_is_within_a_point_either_way(first, 
 def test_a_network_that_is_stuck_at_chance_is_at_chance(accuracies, word):
     """Such a network predicts one class, whatever its seed."""
     found = utils.judge(claim_on_test("a", constant=10.0, below=2), results(a=accuracies))
-    assert (found.word, found.seeds) == (word, f"{len(accuracies)} seeds")
+    assert (found.outcome, found.seeds) == (word, f"{len(accuracies)} seeds")
     assert found.means == pytest.approx([np.mean(accuracies), 10])
 
 
@@ -131,7 +131,7 @@ def test_best_and_last_epoch_of_the_same_networks(latest, word):
     for record, accuracy in zip(found["1"]["a"], latest):
         record["result"]["latest_test_accuracy"] = None if accuracy is None else accuracy / 100
     claim = Claim("1", "", "a", key="latest_test_accuracy", other_key="test_accuracy", below=0.1)
-    assert getattr(utils.judge(claim, found), "word", None) == word
+    assert getattr(utils.judge(claim, found), "outcome", None) == word
 
 
 def test_a_run_of_a_claim_is_that_of_its_own_question_or_else_of_another():
@@ -139,6 +139,6 @@ def test_a_run_of_a_claim_is_that_of_its_own_question_or_else_of_another():
     good, poor = (results(x=accuracies)["1"]["x"] for accuracies in ((80, 81, 82), (70, 71, 72)))
     for found in {"0": {"a": poor}, "1": {"a": good}, "2": {"b": poor}}, {
             "1": {"b": poor}, "2": {"a": good}}:
-        assert utils.judge(claim, found).word == "holds"
+        assert utils.judge(claim, found).outcome == "holds"
     for found in {}, {"1": {}}, {"1": {"a": good}}, {"1": {"a": good, "b": []}}:
         assert utils.judge(claim, found) is None
