@@ -14,13 +14,14 @@ from torch import nn
 import utils
 from utils import Claim, Question, Row
 
+# Each setting is a flag of the command line, too; `main` reads them and hands them on.
 # --- experiment -------------------------------------------------------------------------------
 norm_flag = False  # batch normalization after each convolution (Question 2a)
 earlystop = False  # stop when validation stops improving; keep the best model (2b)
 patience = 10  # stop after this many epochs without improvement; 0: never stop early
 monitor = "accuracy"  # what early stopping watches: validation accuracy or loss
 dropout = 0  # probability of dropping a unit after each block; 0: off (3b)
-augmentation = "none"  # of the training images (3a): see AUGMENTATIONS in utils.py; a+b: both
+augmentation = "none"  # of the training images (3a): a name in AUGMENTATIONS in utils.py, or a+b
 
 # --- training recipe --------------------------------------------------------------------------
 num_epochs = 20  # passes over the training images; the report takes 50 with early stopping
@@ -29,9 +30,9 @@ learning_rate = 2e-3  # of Adam
 learning_rate_decay = 0.95  # the learning rate is multiplied by this after each epoch
 reg = 1e-3  # weight decay (L2 penalty)
 num_training = 0  # number of training images; 0: all that are not for validation
-num_validation = 0  # number of validation images; 0: 1,000 of CIFAR-10, else val/ or a tenth
+num_validation = 0  # number of validation images; 0: as the data set has it (CIFAR-10: 1,000)
 image_size = 32  # images are resized to this number of pixels per side
-seed = 0  # of all random numbers: initial weights, order, augmentation, dropout
+seed = 0  # decides all that is random: initial weights, order, augmentation, dropout
 
 # --- where and how to run ---------------------------------------------------------------------
 dataset = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ and test/<class>/
@@ -46,8 +47,8 @@ seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
 rerun = False  # repeat the runs of a question that already have a record
 redraw = False  # only draw the questions' tables and figures again, from the records
 checkpoint = "none"  # the file of a trained network, for --predict
-predict = "none"  # an image, or a folder of images, to classify with it
-note = "none"  # your name or a remark, for the record
+predict = "none"  # an image or a folder of images, to be classified by that network
+note = "none"  # your name or a remark, to be stored in the record
 # --- end of settings --------------------------------------------------------------------------
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # normalization: pixels 0..1 become -1..1
@@ -65,14 +66,17 @@ class ConvNet(nn.Module):
     def __init__(self, norm_flag=False, dropout=0.0, num_classes=10, image_size=32):
         super().__init__()
         layers = []
-        for inputs, outputs in zip((3, *CHANNELS), CHANNELS):
-            layers.append(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1))
+        in_channels = 3
+        for out_channels in CHANNELS:
+            layers.append(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1))
             if norm_flag:
-                layers.append(nn.BatchNorm2d(outputs))
+                layers.append(nn.BatchNorm2d(out_channels))
             layers += [nn.MaxPool2d(kernel_size=2), nn.ReLU(inplace=True)]
             if dropout:
                 layers.append(nn.Dropout(dropout))
-        head = nn.Linear(CHANNELS[-1] * (image_size // 2**len(CHANNELS)) ** 2, num_classes)
+            in_channels = out_channels
+        side = image_size // 2**len(CHANNELS)  # of what the last block returns
+        head = nn.Linear(in_channels * side**2, num_classes)
         nn.init.normal_(head.weight, std=1e-3)
         nn.init.zeros_(head.bias)
         self.layers = nn.Sequential(*layers, nn.Flatten(), head)
@@ -92,10 +96,10 @@ def make_optimizer(model, settings):
     return optimizer, scheduler
 
 
-# ========================================== experiment ==========================================
+# ============================================= run =============================================
 
 def run_title(settings):
-    """What the network is and what is special about it."""
+    """The name of the network and of what is special about it."""
     parts = ["ConvNet"]
     if settings.norm_flag:
         parts.append("batch norm")
@@ -130,15 +134,15 @@ def train(settings, data, dtype):
     for epoch in range(first_epoch, settings.num_epochs + 1):
         if stopper and stopper.should_stop:
             break
-        shuffle, draws, val_draws = utils.seed_epoch(settings.seed, epoch)
-        augment = utils.make_augment(settings.augmentation, draws)
-        batches = data.batches(data.train, settings.batch_size, shuffle, augment)
+        order_generator, augment_generator, val_generator = utils.seed_epoch(settings.seed, epoch)
+        augment = utils.make_augment(settings.augmentation, augment_generator)
+        batches = data.batches(data.train, settings.batch_size, order_generator, augment)
         train_loss, train_accuracy = utils.train_one_epoch(model, batches, optimizer, scaler, dtype)
         val_loss, val_accuracy = utils.evaluate(model, data.batches(data.val), dtype)
         numbers = {"train_loss": train_loss, "train_accuracy": train_accuracy,
                    "val_loss": val_loss, "val_accuracy": val_accuracy}
         if augment:  # on augmented images, too, as the report probably measured it
-            augment = utils.make_augment(settings.augmentation, val_draws)
+            augment = utils.make_augment(settings.augmentation, val_generator)
             batches = data.batches(data.val, augment=augment)
             _, numbers["val_accuracy_augmented"] = utils.evaluate(model, batches, dtype)
         scheduler.step()
@@ -240,11 +244,11 @@ def other_rows(name, question):
 CLAIMS = [  # the report's own conclusions first
     Claim("2a", "Batch norm is better", "with batch norm", ["without batch norm"], above=0,
           report="test 79.9 → 81.9", report_difference=2.0),
-    Claim("2b", "Past the best epoch nothing is gained, without batch norm",
+    Claim("2b", "Without batch norm, training past the best epoch gains nothing",
           "early stopping, without batch norm", key="latest_test_accuracy",
           other_key="test_accuracy", below=0.5, report="validation 81.5 → 79.6",
           report_difference=-1.9),
-    Claim("2b", "Past the best epoch nothing is gained, with batch norm",
+    Claim("2b", "With batch norm, training past the best epoch gains nothing",
           "early stopping, with batch norm", key="latest_test_accuracy",
           other_key="test_accuracy", below=0.5, report="validation 84.9 → 81.8",
           report_difference=-3.1),
@@ -262,10 +266,10 @@ CLAIMS = [  # the report's own conclusions first
     Claim("3b", "At dropout 0.9 the network is at chance", "dropout 0.9", constant=10.0, below=2,
           report="validation 10.3", report_difference=0.3),
     # what the report leaves open
-    Claim("3a", "Not in the report: trained on scaled images, it is better on scaled than on plain",
+    Claim("3a", "Trained on scaled images, the network does better on scaled than on plain ones",
           "scaling", key="val_accuracy_augmented", other_key="val_accuracy", above=0,
           report="76.7; it does not say on which images"),
-    Claim("3b", "Not in the report: precise BN helps at dropout 0.8 (validation)", "dropout 0.8",
+    Claim("3b", "At dropout 0.8 precise BN helps (validation accuracy)", "dropout 0.8",
           key="val_accuracy_recalibrated", other_key="val_accuracy", above=0),
 ]
 
@@ -304,9 +308,10 @@ def plot_early_stopping(results, reports, path):
         utils.draw_report(axis, reports[name], len(records[0]["history"]["val_loss"]))
         for record in records:
             accuracy = utils.curve_of(record, "val_accuracy")
-            waited = len(accuracy) - (record["result"]["best_epoch"] or len(accuracy))
-            if 0 < record["settings"].get("patience", 0) <= waited:
-                axis.plot(len(accuracy), accuracy[-1], "ks", markersize=5, label="early stop")
+            best, last = record["result"]["best_epoch"], len(accuracy)
+            patience = record["settings"].get("patience", 0)
+            if best is not None and 0 < patience <= last - best:
+                axis.plot(last, accuracy[-1], "ks", markersize=5, label="early stop")
         axis.set_title(name, fontsize=10)
         if reports[name]:
             axis.set_ylim(40, 101)
@@ -331,8 +336,8 @@ def plot_techniques(results, reports, path):
                       "on plain validation images", path, utils.flatten(results.values()), axes)
 
 def plot_augmented_images(data, path, count=10):
-    """What each technique does: the same few training images, each with its own draw; unchanged
-    ones are faded."""
+    """What each technique does to the same few training images; those that it leaves as they are
+    are faded."""
     generator = torch.Generator().manual_seed(0)
     images = data.images[data.train[:count]].float().cpu() / 255
     names = [row.changes["augmentation"] for row in QUESTIONS["3a"].rows]
@@ -340,16 +345,16 @@ def plot_augmented_images(data, path, count=10):
     for i, name in enumerate(names):
         row = axes[i * len(images):(i + 1) * len(images)]
         augment = utils.make_augment(name, generator)
-        changed = augment(images).clamp(0, 1) if augment else images
-        for axis, image, original in zip(row, changed, images):
-            pale = augment and torch.equal(image, original)
-            axis.imshow(image.permute(1, 2, 0).numpy(), alpha=0.3 if pale else 1)
-            axis.set(xticks=[], yticks=[], frame_on=False)
-        label = "original"
+        changed, label = images, "original"
         if augment:
+            changed = augment(images).clamp(0, 1)
             parameters = getattr(utils.AUGMENTATIONS[name], "keywords", {})
-            label = ", ".join(f"{key} {value}" for key, value in parameters.items() if key != "dim")
-            label = f"{name}\n{textwrap.fill(label, 30)}"
+            words = [f"{key} {value}" for key, value in parameters.items() if key != "dim"]
+            label = f"{name}\n{textwrap.fill(', '.join(words), 30)}"
+        for axis, image, original in zip(row, changed, images):
+            is_unchanged = augment and torch.equal(image, original)
+            axis.imshow(image.permute(1, 2, 0).numpy(), alpha=0.3 if is_unchanged else 1)
+            axis.set(xticks=[], yticks=[], frame_on=False)
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     utils.save_figure(figure, f"The augmentation techniques on {data.name}", path)
 
@@ -357,46 +362,53 @@ def plot_dropout(results, reports, path):
     """Figure 7: accuracy against the dropout rate, whole and zoomed, and the learning curves."""
     figure, (whole, zoom, train_curves, val_curves) = utils.new_figure(4, 2, 5.5, 3.7)
     with_norm, without_norm = {}, {}  # {dropout: records}
-    for records in results.values():
+    for name, records in results.items():
         settings = records[0]["settings"]
-        rows = with_norm if settings.get("norm_flag") else without_norm
-        rows[settings.get("dropout", 0)] = records
-    lines = [
-        (with_norm, "train_accuracy", "train", utils.TRAIN),
-        (with_norm, "val_accuracy", "validation", utils.VALIDATION),
-        (with_norm, "val_accuracy_recalibrated", "validation, precise BN", utils.AUGMENTED),
-        (without_norm, "val_accuracy", "validation, no batch norm",
-         {"color": "0.5", "marker": "v", "linestyle": "none", "zorder": 6})]
-    for axis in (whole, zoom):
-        for rows, key, label, style in lines:
-            points = {rate: utils.values_of(rows[rate], key) for rate in sorted(rows)}
-            points = {rate: numbers for rate, numbers in points.items() if numbers}
-            means = [np.mean(numbers) for numbers in points.values()]
-            deviations = [np.std(numbers, ddof=min(1, len(numbers) - 1))
-                          for numbers in points.values()]
-            if points:
-                axis.errorbar(list(points), means, deviations, capsize=3, label=label, **style)
-        for name, report in reports.items():
-            rate = results[name][0]["settings"].get("dropout", 0)
-            utils.draw_report(axis, report, rate)
+        rate = settings.get("dropout", 0)
+        if settings.get("norm_flag"):
+            with_norm[rate] = records
+        else:
+            without_norm[rate] = records
+        for axis in whole, zoom:
+            utils.draw_report(axis, reports[name], rate)
+    for axis in whole, zoom:
+        draw_rates(axis, with_norm, "train_accuracy", "train", **utils.TRAIN)
+        draw_rates(axis, with_norm, "val_accuracy", "validation", **utils.VALIDATION)
+        draw_rates(axis, with_norm, "val_accuracy_recalibrated", "validation, precise BN",
+                   **utils.AUGMENTED)
+        draw_rates(axis, without_norm, "val_accuracy", "validation, no batch norm", color="0.5",
+                   marker="v", linestyle="none", zorder=6)
         axis.set(xlabel="dropout", ylabel="accuracy of the last epoch (%)", ylim=(0, 101))
         axis.grid(True)
     zoom.set(xlim=(-0.02, 0.62), title="the same from 0 to 0.6")
     if any(reports.values()):
         zoom.set_ylim(70, 92)
-    colormap = utils.plt.get_cmap("viridis")
-    for axis, key, label in ((train_curves, "train_accuracy", "train"),
-                             (val_curves, "val_accuracy", "validation")):
-        for rate in sorted(with_norm):
-            curve = utils.mean_curve([utils.curve_of(record, key) for record in with_norm[rate]])
-            utils.draw_curve(axis, curve, 1.4, color=colormap(rate), label=f"{rate:g}")
-        axis.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{label}, mean of the seeds",
-                 ylim=(0, 101))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(True)
+    draw_curves_of_rates(train_curves, with_norm, "train_accuracy", "train")
+    draw_curves_of_rates(val_curves, with_norm, "val_accuracy", "validation")
     val_curves.legend(title="dropout", loc="center left", bbox_to_anchor=(1, 0.5))
     utils.save_figure(figure, "Figure 7: dropout; bars: standard deviation of the seeds", path,
                       utils.flatten(results.values()), [whole])
+
+def draw_rates(axis, rows, key, label, **style):
+    """An accuracy against the dropout rate, mean and standard deviation of the seeds. rows:
+    {dropout: records}."""
+    rates = [rate for rate in sorted(rows) if utils.values_of(rows[rate], key)]
+    if rates:
+        values = [utils.values_of(rows[rate], key) for rate in rates]
+        means = [np.mean(numbers) for numbers in values]
+        deviations = [np.std(numbers, ddof=1) if len(numbers) > 1 else 0 for numbers in values]
+        axis.errorbar(rates, means, deviations, capsize=3, label=label, **style)
+
+def draw_curves_of_rates(axis, rows, key, label):
+    """An accuracy over the epochs, a colour for each dropout rate. rows: {dropout: records}."""
+    colormap = utils.plt.get_cmap("viridis")
+    for rate in sorted(rows):
+        curve = utils.mean_curve([utils.curve_of(record, key) for record in rows[rate]])
+        utils.draw_curve(axis, curve, 1.4, color=colormap(rate), label=f"{rate:g}")
+    axis.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{label}, mean of the seeds",
+             ylim=(0, 101))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(True)
 
 
 # ============================================= main =============================================
@@ -409,10 +421,11 @@ def check(settings):
                               f"--image_size={smallest}", 2)
 
 def main(argv=None):
-    """Run what the settings describe, an experiment or a question (argv: None: the command line's).
+    """Run what the settings describe, a single run or a question.
 
-    Returns the records that it shows, a list: of each the title, seed, result, history, ...
-    Raises utils.UserError for what a user can put right, and at the end for runs that diverged.
+    argv: a list of flags; None: those of the command line. Returns a list of the records that are
+    shown, dicts with title, seed, result, history, ... Raises utils.UserError for what a user can
+    put right, and at the end for runs that have diverged.
     """
     settings = utils.parse_settings(globals(), argv)
     return utils.run(settings, mean=MEAN, std=STD, build_model=build_model, train=train, draw=draw,

@@ -19,14 +19,15 @@ from torchvision.models import VGG11_BN_Weights, vgg11_bn
 import utils
 from utils import Claim, Question, Row
 
+# Each setting is a flag of the command line, too; `main` reads them and hands them on.
 # --- experiment -------------------------------------------------------------------------------
 pretrained = "imagenet"  # imagenet, none (from scratch, 4b), or the path of weights: see README
 fine_tune = True  # train the pretrained part, too; False: only the new layers (4a)
-frozen_norm = "eval"  # of the frozen batch norm; train: by the batch, as in the exercise
+frozen_norm = "eval"  # mode of the frozen batch norm layers: eval, or train as in the exercise
 earlystop = True  # stop when validation stops improving; keep the best model
 patience = 10  # stop after this many epochs without improvement; 0: never stop early
 monitor = "accuracy"  # what early stopping watches: validation accuracy or loss
-augmentation = "horizontal_flip"  # of the training images: see AUGMENTATIONS in utils.py
+augmentation = "horizontal_flip"  # of the training images: a name in AUGMENTATIONS in utils.py
 
 # --- training recipe --------------------------------------------------------------------------
 num_epochs = 30  # passes over the training images, at most
@@ -35,9 +36,9 @@ learning_rate = 1e-3  # of Adam
 learning_rate_decay = 0.99  # the learning rate is multiplied by this after each epoch
 reg = 0  # weight decay (L2 penalty)
 num_training = 0  # number of training images; 0: all that are not for validation
-num_validation = 0  # number of validation images; 0: 1,000 of CIFAR-10, else val/ or a tenth
+num_validation = 0  # number of validation images; 0: as the data set has it (CIFAR-10: 1,000)
 image_size = 32  # images are resized to this number of pixels per side
-seed = 0  # of all random numbers: initial weights, order, augmentation
+seed = 0  # decides all that is random: initial weights, order, augmentation
 
 # --- where and how to run ---------------------------------------------------------------------
 dataset = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ and test/<class>/
@@ -52,8 +53,8 @@ seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
 rerun = False  # repeat the runs of a question that already have a record
 redraw = False  # only draw the questions' tables and figures again, from the records
 checkpoint = "none"  # the file of a trained network, for --predict
-predict = "none"  # an image, or a folder of images, to classify with it
-note = "none"  # your name or a remark, for the record
+predict = "none"  # an image or a folder of images, to be classified by that network
+note = "none"  # your name or a remark, to be stored in the record
 # --- end of settings --------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # normalization: ImageNet's
@@ -104,14 +105,14 @@ def build_model(settings, num_classes):
     return model
 
 def init_head(model):
-    """Initialize the new layers as the exercise's template does when nothing is pretrained."""
+    """Initialize the new layers as the exercise's template does, if nothing is pretrained."""
     for layer in model.head:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=1e-3)
             nn.init.zeros_(layer.bias)
 
 def make_optimizer(model, settings):
-    """The optimizer of what learns and its schedule, which takes a step after each epoch."""
+    """The optimizer of the weights that are trained, and its schedule, for a step an epoch."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trainable, settings.learning_rate,
                                  weight_decay=settings.reg, fused=True)
@@ -146,7 +147,7 @@ def load_features(model, pretrained):
 
 def download_weights(weights):
     """torchvision's weights, downloaded once. Raises utils.UserError."""
-    socket.setdefaulttimeout(15)  # a host that delivers nothing for so many seconds has failed
+    socket.setdefaulttimeout(15)  # seconds without data after which the download fails
     try:
         return weights.get_state_dict(check_hash=True, weights_only=True)
     except Exception as error:  # urllib, http.client, zipfile and torch have their own
@@ -159,44 +160,48 @@ def download_weights(weights):
 
 # ======================================== fixed features ========================================
 
-MIRROR = utils.AUGMENTATIONS["horizontal_flip"].keywords  # dim and p
-
 @dataclass
 class FeatureData(utils.Data):
-    """A data set with the fixed features of its images, which a head trains on as on images, but
-    they are not computed anew in every epoch."""
+    """A data set whose batches are the fixed features of images, computed once, for the head."""
 
-    features: torch.Tensor | None = None  # float32 (2, N, 512), [1] of the mirrored images
+    plain: torch.Tensor | None = None  # float32 (N, 512): the features of the images
+    mirrored: torch.Tensor | None = None  # those of the mirrored images; None if not needed
+    p: float = 0.0  # the probability that an image is mirrored
 
     def batch(self, indices, augment=None):
-        """The features (B, 512) of the images, mirrored where `augment` asks for it, and labels."""
-        mirrored = torch.zeros(len(indices), dtype=torch.int64, device=indices.device)
+        """Features (B, 512), those of mirrored images where `augment` mirrors, and labels (B,)."""
+        features = self.plain[indices]
         if augment:
-            mirrored = utils.choose(indices, augment.generator, MIRROR["p"]).long()
-        return self.features[mirrored, indices], self.labels[indices]
+            chosen = utils.choose(indices, augment.generator, self.p).view(-1, 1)
+            features = torch.where(chosen, self.mirrored[indices], features)
+        return features, self.labels[indices]
 
-@torch.no_grad()
 def cache_features(model, data, augmentation, dtype):
-    """Returns the network to train and the data to train it on: the head and FeatureData where the
-    features are fixed and images are mirrored at most, else the model and data as they are."""
+    """The network to train and the data to train it on: the head and FeatureData where the features
+    are fixed and images are mirrored at most, else the model and data as they are."""
     if not model.fixed or augmentation not in ("none", "horizontal_flip"):
         return model, data
+    flip = utils.AUGMENTATIONS["horizontal_flip"].keywords  # dim and p
+    mirrored = None
+    if augmentation == "horizontal_flip":
+        mirrored = extract_all(model, data, dtype, lambda images: images.flip(flip["dim"]))
+    plain = extract_all(model, data, dtype)
+    return model.head, FeatureData(**vars(data), plain=plain, mirrored=mirrored, p=flip["p"])
+
+@torch.no_grad()
+def extract_all(model, data, dtype, augment=None):
+    """The features (N, 512) of all images of a data set."""
     model.eval()
-    features = torch.zeros(2, len(data.images), 512, device=data.images.device)
+    features = torch.zeros(len(data.images), 512, device=data.images.device)
     used = torch.cat((data.train, data.val, data.test))
-    versions = [None] if augmentation == "none" else [None, mirror]
     for indices in utils.progress_bar(used.split(data.scaled_batch_size(500)), "features"):
-        for i, augment in enumerate(versions):
-            images, _ = data.batch(indices, augment)
-            with utils.autocast(images.device, dtype):
-                features[i, indices] = model.extract(images).float()
-    return model.head, FeatureData(**vars(data), features=features)
-
-def mirror(images):
-    return images.flip(MIRROR["dim"])
+        images, _ = data.batch(indices, augment)
+        with utils.autocast(images.device, dtype):
+            features[indices] = model.extract(images).float()
+    return features
 
 
-# ========================================== experiment ==========================================
+# ============================================= run =============================================
 
 def run_title(settings):
     """What the network is."""
@@ -210,7 +215,7 @@ def run_title(settings):
     return f"VGG11-BN frozen, batch norm in train mode, {source} weights"
 
 def checkpoint_name(settings):
-    """The part of a checkpoint's file name that tells the network, by Question 4's parts."""
+    """The part of a checkpoint's file name that identifies the network, as in Question 4."""
     if settings.pretrained == "none":
         return "part_4b_2"
     if settings.fine_tune:
@@ -221,11 +226,11 @@ def train(settings, data, dtype):
     """One run: a new network, trained and tested. Returns its record. data: a utils.Data."""
     torch.manual_seed(settings.seed)
     model = build_model(settings, len(data.classes)).to(data.images.device)
-    digest = load_features(model, settings.pretrained)  # of the weights' file
+    sha256 = load_features(model, settings.pretrained)  # of the file
     optimizer, scheduler = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(data.images.device.type, enabled=dtype == torch.float16)
     stopper = utils.make_stopper(settings)
-    run = utils.Run(settings, run_title(settings), data, dtype, model, optimizer, scheduler, digest)
+    run = utils.Run(settings, run_title(settings), data, dtype, model, optimizer, scheduler, sha256)
     if run.is_recorded():
         return utils.load_record(run.record_path)
     run.show_start()
@@ -238,15 +243,15 @@ def train(settings, data, dtype):
     for epoch in range(first_epoch, settings.num_epochs + 1):
         if stopper and stopper.should_stop:
             break
-        shuffle, draws, val_draws = utils.seed_epoch(settings.seed, epoch)
-        augment = utils.make_augment(settings.augmentation, draws)
-        batches = data.batches(data.train, settings.batch_size, shuffle, augment)
+        order_generator, augment_generator, val_generator = utils.seed_epoch(settings.seed, epoch)
+        augment = utils.make_augment(settings.augmentation, augment_generator)
+        batches = data.batches(data.train, settings.batch_size, order_generator, augment)
         train_loss, train_accuracy = utils.train_one_epoch(net, batches, optimizer, scaler, dtype)
         val_loss, val_accuracy = utils.evaluate(net, data.batches(data.val), dtype)
         numbers = {"train_loss": train_loss, "train_accuracy": train_accuracy,
                    "val_loss": val_loss, "val_accuracy": val_accuracy}
         if augment:  # on augmented images, too, as the report probably measured it
-            augment = utils.make_augment(settings.augmentation, val_draws)
+            augment = utils.make_augment(settings.augmentation, val_generator)
             batches = data.batches(data.val, augment=augment)
             _, numbers["val_accuracy_augmented"] = utils.evaluate(net, batches, dtype)
         scheduler.step()
@@ -266,8 +271,8 @@ def train(settings, data, dtype):
 
 # ========================================== questions ==========================================
 
-NOTE = ("We measure in eval mode on plain images; the report probably on mirrored ones with the "
-        "statistics of the batch.")
+NOTE = ("We measure on plain images in eval mode; the report has probably measured on mirrored "
+        "ones in train mode.")
 
 QUESTIONS = {  # each row holds the report's numbers under the keys of our results
     "4a": Question(
@@ -310,7 +315,7 @@ CLAIMS = [  # the report's own conclusions first
     Claim("4b", "Pretrained beats from scratch", "Model 1 (fine-tuned)", ["Model 2 (from scratch)"],
           above=0, report="test 84.4 → 88.6", report_difference=4.2),
     # what the report leaves open
-    Claim("4a", "Not in the report: frozen, batch norm's mode changes less than a point",
+    Claim("4a", "The mode of frozen batch norm layers makes less than a point's difference",
           "frozen, batch norm in train mode", ["frozen"], above=-1, below=1),
 ]
 
@@ -333,15 +338,16 @@ def check(settings):
     if settings.pretrained == "none" and not settings.fine_tune:
         raise utils.UserError("--pretrained=none with --fine_tune=False would freeze random "
                               "features: leave one of them out", 2)
-    if 1 in (settings.batch_size, settings.num_training):
+    if settings.batch_size == 1 or settings.num_training == 1:
         raise utils.UserError("batch norm cannot train on a single image: give a larger "
                               "--batch_size or --num_training", 2)
 
 def main(argv=None):
-    """Run what the settings describe, an experiment or a question (argv: None: the command line's).
+    """Run what the settings describe, a single run or a question.
 
-    Returns the records that it shows, a list: of each the title, seed, result, history, ...
-    Raises utils.UserError for what a user can put right, and at the end for runs that diverged.
+    argv: a list of flags; None: those of the command line. Returns a list of the records that are
+    shown, dicts with title, seed, result, history, ... Raises utils.UserError for what a user can
+    put right, and at the end for runs that have diverged.
     """
     settings = utils.parse_settings(globals(), argv)
     return utils.run(settings, mean=MEAN, std=STD, build_model=build_model, train=train, draw=draw,

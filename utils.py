@@ -89,15 +89,15 @@ class Data:
             images = augment(images)
         return images.sub(self.mean).div_(self.std), self.labels[indices]
 
-    def batches(self, indices, batch_size=None, shuffle=None, augment=None):
+    def batches(self, indices, batch_size=None, order_generator=None, augment=None):
         """The images of these indices in Batches. batch_size: by default one for evaluation;
-        shuffle: a torch.Generator, or None to keep the order; augment: see make_augment."""
-        if shuffle is not None:
-            order = torch.randperm(len(indices), generator=shuffle)
+        order_generator: shuffles them, None keeps their order; augment: see make_augment."""
+        if order_generator:
+            order = torch.randperm(len(indices), generator=order_generator)
             indices = indices[order.to(indices.device, non_blocking=True)]
         parts = list(indices.split(batch_size or self.scaled_batch_size(250)))
         # Batch norm cannot train on one image: a last batch of one joins the batch before it.
-        if shuffle is not None and batch_size > 1 and len(parts) > 1 and len(parts[-1]) == 1:
+        if order_generator and batch_size > 1 and len(parts) > 1 and len(parts[-1]) == 1:
             last = parts.pop()
             parts[-1] = torch.cat([parts[-1], last])
         return Batches(self, parts, augment)
@@ -387,7 +387,8 @@ def uniform(low, high, images, generator):
     return low + (high - low) * draws.to(images.device, non_blocking=True)
 
 def choose(images, generator, p):
-    """For each of the images whether it is chosen, which happens with probability p: bool (B,)."""
+    """For each of the images (or their indices) whether it is chosen, which happens with
+    probability p: bool (B,)."""
     return uniform(0, 1, images, generator) < p
 
 def flip(images, generator, dim, p):
@@ -1845,7 +1846,7 @@ def boolean(text):
 
 def any_text(text):
     if not text:
-        raise wrong_value(text, "a text")
+        raise argparse.ArgumentTypeError("it must not be empty")
     return os.path.expanduser(text)
 
 def any_number(text):
@@ -2008,7 +2009,7 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
         _, processes = rank_and_processes()
         if processes > 1 and (settings.question != "none" or not trained):
             # An exit code other than 0 would make torchrun end the other processes.
-            print("; ".join([*problems, "when all processes are done, --redraw shows the results"]))
+            print("; ".join([*problems, "when all processes have ended, --redraw shows the results"]))
             return []
     records = load_records(folder / "records")
     if not records or (problems and not trained):
@@ -2231,7 +2232,7 @@ def choose_device(settings):
     if name == "cuda":  # torchrun's processes have a GPU each
         name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
     if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older CUDA
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for older PyTorch
     try:
         device = torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
