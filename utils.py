@@ -2009,7 +2009,9 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
         _, processes = rank_and_processes()
         if processes > 1 and (settings.question != "none" or not trained):
             # An exit code other than 0 would make torchrun end the other processes.
-            print("; ".join([*problems, "when all processes have ended, --redraw shows the results"]))
+            for problem in problems:
+                print(problem)
+            print("When all processes have ended, --redraw shows the results")
             return []
     records = load_records(folder / "records")
     if not records or (problems and not trained):
