@@ -149,7 +149,7 @@ def train(settings, data, dtype):
         if stopper:
             stopper.update(epoch, val_loss, val_accuracy, model)
         run.log_epoch(epoch, numbers)
-        checkpoint.save_now_and_then()
+        checkpoint.save_periodically()
 
     checkpoint.save()
     latest = best = utils.test(model, data, dtype)
@@ -161,6 +161,15 @@ def train(settings, data, dtype):
 
 
 # ========================================== questions ==========================================
+
+def augmentation_row(name, val_accuracy):
+    """A row of Table 3 with the report's validation accuracy."""
+    return Row(name, {"augmentation": name}, {"val_accuracy_augmented": val_accuracy})
+
+def rate_row(rate, train_accuracy, val_accuracy):
+    """A row of Table 4 with the report's accuracies."""
+    report = {"train_accuracy": train_accuracy, "val_accuracy": val_accuracy}
+    return Row(f"dropout {rate}", {"dropout": rate}, report)
 
 QUESTIONS = {  # each row holds the report's numbers under the keys of our results
     "1": Question(
@@ -205,24 +214,22 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
         columns={"validation, plain": "val_accuracy",
                  "validation, augmented": "val_accuracy_augmented",
                  "validation, precise BN": "val_accuracy_recalibrated", "test": "test_accuracy"},
-        rows=[Row("no augmentation", {"augmentation": "none"}), *(
-            Row(name, {"augmentation": name}, {"val_accuracy_augmented": number})
-            for name, number in {
-                "vertical_flip": 79.3, "horizontal_flip": 84.9, "rotation": 75.9,
-                "resize_crop": 78.9, "translation": 77.1, "color_jitter": 78.8, "greyscale": 80.0,
-                "scaling": 76.7}.items())]),
+        rows=[
+            Row("no augmentation", {"augmentation": "none"}),
+            augmentation_row("vertical_flip", 79.3), augmentation_row("horizontal_flip", 84.9),
+            augmentation_row("rotation", 75.9), augmentation_row("resize_crop", 78.9),
+            augmentation_row("translation", 77.1), augmentation_row("color_jitter", 78.8),
+            augmentation_row("greyscale", 80.0), augmentation_row("scaling", 76.7)]),
     "3b": Question(
         text="How much dropout is best, and what does it do to batch norm?",
         title="Table 4", defaults={"norm_flag": True}, figures=("figure_7.png",),
         columns={"train": "train_accuracy", "validation": "val_accuracy",
                  "validation, precise BN": "val_accuracy_recalibrated", "test": "test_accuracy"},
-        rows=[Row("no dropout", {"dropout": 0}), *(
-            Row(f"dropout {rate}", {"dropout": rate},
-                {"train_accuracy": train_accuracy, "val_accuracy": val_accuracy})
-            for rate, train_accuracy, val_accuracy in (
-                (0.1, 93.1, 83.8), (0.2, 89.4, 85.8), (0.3, 85.7, 85.9), (0.4, 82.3, 82.1),
-                (0.5, 79.1, 82.1), (0.6, 74.9, 74.5), (0.7, 69.1, 66.0), (0.8, 58.7, 42.3),
-                (0.9, 37.0, 10.3))),
+        rows=[
+            Row("no dropout", {"dropout": 0}),
+            rate_row(0.1, 93.1, 83.8), rate_row(0.2, 89.4, 85.8), rate_row(0.3, 85.7, 85.9),
+            rate_row(0.4, 82.3, 82.1), rate_row(0.5, 79.1, 82.1), rate_row(0.6, 74.9, 74.5),
+            rate_row(0.7, 69.1, 66.0), rate_row(0.8, 58.7, 42.3), rate_row(0.9, 37.0, 10.3),
             # how much of the collapse is due to batch norm?
             Row("dropout 0.5, no batch norm", {"dropout": 0.5, "norm_flag": False}),
             Row("dropout 0.7, no batch norm", {"dropout": 0.7, "norm_flag": False}),
@@ -239,7 +246,7 @@ SUMMARY = {  # rows of summary.png: the question and the row that has them
 def other_rows(name, question):
     """The other rows of a question, except those without batch norm."""
     return [row.name for row in QUESTIONS[question].rows
-            if row.name != name and "norm_flag" not in row.changes]
+            if row.name != name and row.changes.get("norm_flag", True)]
 
 CLAIMS = [  # the report's own conclusions first
     Claim("2a", "Batch norm is better", "with batch norm", ["without batch norm"], above=0,
@@ -277,10 +284,8 @@ CLAIMS = [  # the report's own conclusions first
 # =========================================== figures ===========================================
 
 def draw(number, results, folder, data):
-    """Draw the figures of a question; one that you have added gets learning curves.
-
-    results: {name: records}; data: for the picture of the techniques, or None.
-    """
+    """Draw the figures of a question; for one that you have added, learning curves. results: {row:
+    records}; data: for the picture of the techniques, or None."""
     reports = QUESTIONS[number].reports(results)
     if number == "1":
         first = results["without batch norm"][0]
@@ -417,8 +422,8 @@ def check(settings):
     """Raise utils.UserError for images that are too small for the number of blocks."""
     smallest = 2**len(CHANNELS)
     if settings.image_size < smallest:
-        raise utils.UserError(f"{len(CHANNELS)} blocks need images of {smallest} pixels: give "
-                              f"--image_size={smallest}", 2)
+        raise utils.WrongSetting(f"{len(CHANNELS)} blocks need images of {smallest} pixels: give "
+                                 f"--image_size={smallest}")
 
 def main(argv=None):
     """Run what the settings describe, a single run or a question.

@@ -80,7 +80,7 @@ class VGG(nn.Module):
         self.fixed = not fine_tune and frozen_norm == "eval"
 
     @property
-    def trained(self):
+    def trained_part(self):
         """The part whose batch norm layers run in train mode while training."""
         return self.head if self.fixed else self
 
@@ -138,9 +138,10 @@ def load_features(model, pretrained):
         state = utils.load_checkpoint(pretrained)
         weights_hash = hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()[:16]
     try:
-        state = state.get("model", state)  # a checkpoint has more in it
-        model.features.load_state_dict({name.removeprefix("features."): value for name, value in
-                                        state.items() if name.startswith("features.")})
+        state = state.get("model", state)  # a checkpoint has the weights under this name
+        features = {name.removeprefix("features."): value for name, value in state.items()
+                    if name.startswith("features.")}
+        model.features.load_state_dict(features)
     except (AttributeError, RuntimeError) as error:
         raise utils.UserError(f"{pretrained} lacks the features.* of a VGG11-BN") from error
     return weights_hash
@@ -258,14 +259,14 @@ def train(settings, data, dtype):
         if stopper:
             stopper.update(epoch, val_loss, val_accuracy, model)
         run.log_epoch(epoch, numbers)
-        checkpoint.save_now_and_then()
+        checkpoint.save_periodically()
 
     checkpoint.save()
     latest = best = utils.test(net, data, dtype)
     if stopper:
         model.load_state_dict(stopper.best_weights)
         best = utils.test(net, data, dtype)
-    precise = utils.precise_bn_accuracies(net, model.trained, data, dtype)
+    precise = utils.precise_bn_accuracies(net, model.trained_part, data, dtype)
     return run.finish(checkpoint, latest, best, precise)
 
 
@@ -336,11 +337,11 @@ def draw(number, results, folder, data):
 def check(settings):
     """Raise utils.UserError for settings that do not go together."""
     if settings.pretrained == "none" and not settings.fine_tune:
-        raise utils.UserError("--pretrained=none with --fine_tune=False would freeze random "
-                              "features: leave one of them out", 2)
+        raise utils.WrongSetting("--pretrained=none with --fine_tune=False would freeze random "
+                                 "features: leave one of them out")
     if settings.batch_size == 1 or settings.num_training == 1:
-        raise utils.UserError("batch norm cannot train on a single image: give a larger "
-                              "--batch_size or --num_training", 2)
+        raise utils.WrongSetting("batch norm cannot train on a single image: give a larger "
+                                 "--batch_size or --num_training")
 
 def main(argv=None):
     """Run what the settings describe, a single run or a question.

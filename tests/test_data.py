@@ -364,7 +364,7 @@ def test_every_kind_of_picture_becomes_rgb_on_white(tmp_path, image, name, optio
 def test_more_than_8_bits_are_refused(tmp_path, content):
     path = tmp_path / "x"
     path.write_bytes(content)
-    with pytest.raises(utils.UserError, match=r"/x \(more than 8 bits a channel\)$"):
+    with pytest.raises(utils.UserError, match=r"/x \(more than 8 bits per channel\)$"):
         utils.read_image(path, 32)
 
 

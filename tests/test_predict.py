@@ -91,7 +91,7 @@ def test_images_in_folders_of_no_class_are_counted_and_told(checkpoint, photos, 
     _, count, _ = accuracy_in(output)
     assert count == 8
     last = output.splitlines()[-1]
-    assert last == "In folders not named after a class: 5 of 13; the classes are cat, dog"
+    assert last == "In other folders: 5 of 13; the classes are cat, dog"
 
 
 def test_a_class_folder_and_a_single_file_are_classified_alone(checkpoint, photos, capsys):

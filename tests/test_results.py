@@ -245,7 +245,7 @@ def test_a_ninth_technique_is_a_function_and_a_row(folder, few, monkeypatch):
     """Without the report's numbers; it runs, is drawn and counts in what is the best."""
     monkeypatch.setitem(utils.AUGMENTATIONS, "negative", partial(
         lambda images, generator, ground: 1 - images, ground="white"))
-    first = 'rows=[Row("no augmentation", {"augmentation": "none"}),'
+    first = 'Row("no augmentation", {"augmentation": "none"}),'
     script = edited(folder, (first, f'{first} Row("negative", {{"augmentation": "negative"}}),'))
     argv = [*ARGV, "--question=3a"]
     assert len(script.main(argv)) == 10
