@@ -160,12 +160,14 @@ def per_channel(numbers, device):
     """Three numbers as a tensor (1, 3, 1, 1), which broadcasts against images (B, 3, S, S)."""
     return torch.tensor(numbers, device=device).view(1, 3, 1, 1)
 
+def data_slug(name, fingerprint):
+    """A data set's part of a folder's name: cifar-10 or, since two folders of images may have the
+    same name, photos-12ab with a hash."""
+    return slug(name) if name in DATA_NAMES.values() else f"{slug(name)}-{fingerprint[:4]}"
+
 def results_folder(settings, name, fingerprint=""):
-    """The folder of a script's results: in cifar-10, in cifar-10-500 with 500 training images, or
-    in photos-12ab, with a hash, since two folders of images may have the same name."""
-    folder = slug(name)
-    if name not in DATA_NAMES.values():
-        folder += f"-{fingerprint[:4]}"
+    """The folder of a script's results, in cifar-10 or, with 500 training images, cifar-10-500."""
+    folder = data_slug(name, fingerprint)
     if settings.num_training:
         folder += f"-{settings.num_training}"
     return FOLDER / settings.results / folder / settings.script
@@ -249,10 +251,11 @@ def read_image_folder(folder, size):
     classes = sorted({*train, *val, *test})
     incomplete = [name for name in classes
                   if not (train.get(name) and val.get(name) and test.get(name))]
-    if incomplete or len(classes) < 2:
-        raise UserError(f"{folder} must have two classes or more, each with images in train, val "
-                        "and test, or with two in train and one in test if there is no val; it has "
-                        f"{', '.join(classes) or 'none'}, incomplete: {', '.join(incomplete)}")
+    if incomplete:
+        raise UserError(f"{folder} lacks images of {', '.join(incomplete)}: each class needs some "
+                        "in train, val and test, or two in train if there is no val")
+    if len(classes) < 2:
+        raise UserError(f"{folder} must have two classes or more; it has: {', '.join(classes)}")
     train, val, test = interleave(train), interleave(val), interleave(test)
     paths = [path for path, _ in train + val + test]
     labels = [classes.index(name) for _, name in train + val + test]
@@ -712,7 +715,7 @@ class Checkpoint:
         """With --resume continue from the latest checkpoint, without it start anew. Returns the
         last epoch that is done, 0 if none is. Raises UserError if the checkpoint does not fit."""
         if not self.run.settings.resume:
-            self.keep_interrupted()
+            self.keep_earlier()
             return 0
         if not self.latest.exists():
             print(f"There is no {self.latest} yet: starting at epoch 1")
@@ -730,13 +733,16 @@ class Checkpoint:
         self.run.resume(state["epoch"], state["history"], state["precision"])
         return state["epoch"]
 
-    def keep_interrupted(self):
-        """Rename the checkpoint of an interrupted run, which this run would overwrite."""
+    def keep_earlier(self):
+        """Rename the checkpoint of an earlier run, which this run would overwrite, unless one of
+        more epochs is kept already."""
         kept = self.latest.with_suffix(".old.ckpt")
-        was_interrupted = self.latest.exists() and not self.run.record_path.exists()
-        if was_interrupted and not kept.exists():
-            os.replace(self.latest, kept)
-            print(f"The checkpoint of this run is now {kept}: rename it back to resume from it")
+        if not self.latest.exists():
+            return
+        if kept.exists() and load_checkpoint(kept)["epoch"] > load_checkpoint(self.latest)["epoch"]:
+            return
+        os.replace(self.latest, kept)
+        print(f"An earlier checkpoint is now {kept}: rename it back to resume from it")
 
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU; no code in the file can run. Raises UserError."""
@@ -958,7 +964,7 @@ def digest_of(identity):
 def record_name(title, identity, settings):
     """The name of the record, figures and checkpoints of a run."""
     name = f"{slug(title)}_{digest_of(identity)}_seed{settings.seed}"
-    return name if settings.note == "none" else f"{name}_{slug(settings.note)[:60]}"
+    return name if settings.note == "none" else f"{name}_{slug(settings.note)[:30]}"
 
 def slug(text):
     """A text as part of a file name: "ConvNet, batch norm" becomes "convnet-batch-norm"."""
@@ -1015,18 +1021,21 @@ def check_record(record):
         raise TypeError(record["seed"])
 
 def load_records(folder):
-    """All records in a folder, one of each identity and seed: where there are more, the latest.
-    Prints which files are left out."""
+    """All records in a folder and in those below it, one of each identity and seed: where there are
+    more, the latest. Prints which files are left out."""
     records = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
         try:
             record = load_record(path)
         except UserError as error:
             print(error, file=sys.stderr)
             continue
         data, script = record["data"], record["identity"]["script"]
-        if script != folder.parent.name or not folder.parent.parent.name.startswith(slug(data)):
-            print(f"{path} is left out: it was written by {script}.py for {data}", file=sys.stderr)
+        data_folder = data_slug(data, record["identity"]["data"]["fingerprint"])
+        if (script != folder.parent.name
+                or not folder.parent.parent.name.startswith(data_folder)):
+            print(f"{path} is left out: it was written by {script}.py for {data}, or for another "
+                  "folder of this name", file=sys.stderr)
             continue
         key = record["digest"], record["seed"]
         if key in records:
@@ -1059,8 +1068,11 @@ def name_experiments(records):
     networks = [layers_to_compare(record) for record in records]
     names = []
     for description, network in zip(descriptions, networks):
-        words = [f"{key} {value}" for key, value in description.items() if not is_off(value)
-                 and any(other.get(key) != value for other in descriptions)]
+        words = []
+        for key, value in description.items():
+            is_said = value is False or not is_off(value)  # but not "augmentation none"
+            if is_said and any(other.get(key) != value for other in descriptions):
+                words.append(f"{key} {value}")
         layer = first_other_layer(network, networks)
         if layer:
             words.append(f"{layer['layer']}: {layer['class']}")
@@ -1137,8 +1149,9 @@ def compare_runs(experiments, script, folder):
     records = flatten(experiments.values())
     return [f"# {records[0]['data']}: runs of {script}.py", "", "![Runs](runs.png)", "",
             *markdown_table(rows), "", sentence, "",
-            f"Common to all: {caption(records)}. Accuracies are in %, mean ± standard deviation of "
-            "the seeds. `--redraw --question=all` makes a page of the report's questions.", ""]
+            f"{caption(records)}. Accuracies are in %, mean ± standard deviation of the seeds. The "
+            "names of a run's files contain its id. `--redraw --question=all` makes a page of the "
+            "report's questions.", ""]
 
 def row_of_runs(name, records):
     """The row of an experiment in the table of runs, {heading: text}."""
@@ -1151,7 +1164,8 @@ def row_of_runs(name, records):
             "validation": mean_and_deviation(values_of(records, "val_accuracy")),
             "test": mean_and_deviation(values_of(records, "test_accuracy")),
             "test, precise BN": mean_and_deviation(
-                values_of(records, "test_accuracy_recalibrated"))}
+                values_of(records, "test_accuracy_recalibrated")),
+            "id": records[0]["digest"]}
 
 def compare_last_two(experiments):
     """A sentence on whether the last two experiments differ; none for a single one."""
@@ -1180,8 +1194,11 @@ def mean_and_deviation(numbers, digits=1):
 
 def markdown_table(rows):
     """Rows {heading: text} as lines of Markdown."""
-    return [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|",
-            *(f"| {' | '.join(row.values())} |" for row in rows)]
+    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    for row in rows:
+        cells = [text.replace("|", "\\|") for text in row.values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 def write_csv(records, path):
     """A line for each record, for pandas. A setting that an older record lacks was off: 0, False or
@@ -1299,21 +1316,25 @@ def drawable(text):
 
 def first_filters(model):
     """The weights of the first convolution for a record: float16 as a text, and (N, 3, K, K)."""
-    layer = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
-    weights = layer.weight.detach().cpu().half().contiguous().numpy()
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    weights = np.empty((0, 3, 3, 3), np.float16)  # of a network without convolutions
+    if layers:
+        weights = layers[0].weight.detach().cpu().half().contiguous().numpy()
     return [base64.b64encode(weights).decode(), weights.shape]
 
 def decode_filters(filters):
     """The weights, float32 (N, 3, K, K), that first_filters has stored."""
     text, shape = filters
-    weights = np.frombuffer(base64.b64decode(text), np.float16)
-    return torch.tensor(weights).float().view(shape)
+    weights = np.frombuffer(base64.b64decode(text), np.float16).reshape(shape)
+    return torch.tensor(weights).float()
 
 def plot_filters(record, path, title):
     """Figures 1 and 2: the first convolution's filters before and after training and their
     difference, on one scale. Each weight is shown in its colour channel; grey is 0."""
     before = decode_filters(record["filters"]["before"])
     after = decode_filters(record["filters"]["after"])
+    if len(before) == 0:
+        return
     pictures = {"before training": before, f"after epoch {record['result']['epoch']}": after,
                 "difference": after - before}
     limit = torch.cat([before, after]).abs().quantile(0.99).item()
@@ -1355,7 +1376,7 @@ def plot_classes(records, path, title, data=None):
         axis.set_title(f"{classes[data.labels[index]]}, taken for\n{classes[predicted]} with "
                        f"{probability:.1%}", fontsize=9)
         axis.axis("off")
-    beside = "; right: the most confident mistakes" if mistakes else ""
+    beside = f"; right: most confident mistakes of seed {records[0]['seed']}" if mistakes else ""
     save_figure(figure, f"{title}: test images, % of each class{beside}", path, records)
     codes = [f"{code} is {name}" for code, name in zip(classes, names) if code != name]
     if codes:
@@ -1419,17 +1440,17 @@ def draw_report(axis, report, x):
 def plot_learning_curves(runs, title, path, reports=None, lowest=0):
     """Loss and accuracy over the epochs, a row for each of the runs {name: records}. reports:
     {name: the report's numbers}; lowest: the accuracy (%) at which the axis begins with them."""
-    figure, axes = new_figure(2 * len(runs), 2, 5, 3, sharex="col")
+    figure, axes = new_figure(2 * len(runs), 2, 5, 3, sharex="col", sharey="col")
     for i, (name, records) in enumerate(runs.items()):
         loss, accuracy = axes[2 * i], axes[2 * i + 1]
         draw_curves(loss, records, "loss")
         draw_curves(accuracy, records, "accuracy")
-        loss.set_ylim(0, 1.05 * loss.get_ylim()[1])
         if reports and reports[name]:
             draw_report(accuracy, reports[name], len(records[0]["history"]["val_loss"]))
             accuracy.set_ylim(lowest, 101)
         loss.set_title(drawable(name), fontsize=10)
         accuracy.set_title(drawable(name), fontsize=10)
+    axes[0].set_ylim(0, 1.05 * axes[0].get_ylim()[1])  # all losses share this axis
     save_figure(figure, title, path, flatten(runs.values()), axes[1::2])
 
 def draw_dots(axis, labels, rows, colors):
@@ -1443,25 +1464,28 @@ def draw_dots(axis, labels, rows, colors):
         axis.annotate(f"{mean:.1f}", (mean, y - 0.2), ha="center", va="bottom", color=color)
     axis.set(xlabel="test accuracy (%)", ylim=(len(rows) - 0.5, -0.7))
     axis.set_yticks(range(len(rows)), labels)
+    axis.margins(x=0.1)
     axis.grid(True, axis="x")
 
 def plot_runs(experiments, path, script):
     """Validation accuracy over the epochs and test accuracy of the last six experiments."""
     names = list(experiments)[-MAX_COMPARED:]
     rows = [experiments[name] for name in names]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(3, 2))
+    height = 5 + 0.3 * len(names)  # with the legend
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), width_ratios=(3, 2))
     for name, records, color in zip(names, rows, COLORS):
         curves = [curve_of(record, "val_accuracy") for record in records]
         for curve in curves:
             draw_curve(left, curve, 0.7, color=color)
-        label = textwrap.fill(drawable(name), 60)
+        label = textwrap.fill(drawable(name), 130)
         draw_curve(left, mean_curve(curves), 2.4, color=color, label=label)
     left.set(xlabel="epoch", ylabel="validation accuracy (%)")
     left.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     left.grid(True)
-    left.legend(fontsize=9)
+    figure.legend(loc="outside lower left", fontsize=9)
     draw_dots(right, [plural(len(records), "seed") for records in rows], rows, COLORS)
-    save_figure(figure, f"The last runs of {script}.py", path, flatten(rows))
+    title = f"The last {len(names)} of {plural(len(experiments), 'run')} of {script}.py"
+    save_figure(figure, title, path, flatten(rows))
 
 def plot_summary(summary, questions, results, path):
     """Draw what each technique is worth: test accuracies, a line for each row of the summary that
@@ -1557,8 +1581,8 @@ class Question:
             if all(name in row.changes for row in self.rows):
                 return f'--{name} is set by each run of the question "{self.text}"'
         rows = self.settings_of_rows(settings).values()
-        if len(without_repeats(rows)) < len(rows):
-            return f'with these flags, runs of the question "{self.text}" become identical'
+        if len(without_repeats(rows)) < len(self.rows):
+            return f'with these flags, runs of the question "{self.text}" are identical'
         return None
 
 def without_repeats(items):
@@ -1612,13 +1636,16 @@ def find_results(settings, questions, records, trained):
     return results
 
 def fits(record, settings):
-    """Whether a record has these settings. Any pretrained weights count as the same: a figure's
-    caption names them."""
+    """Whether a record has these settings. Any weights count as ImageNet's, as a substitute: a
+    figure's caption names them."""
     identity = record["identity"]
     if identity["settings"] != canonical(settings.for_identity()):
         return False
     has_weights, needs_weights = "weights" in identity, settings.pretrained != "none"
     if has_weights != needs_weights:
+        return False
+    if settings.pretrained not in ("none", "imagenet") and (
+            Path(settings.pretrained).name != record["pretrained"]):
         return False
     return settings.precision == "auto" or settings.precision == identity.get("precision")
 
@@ -1929,7 +1956,9 @@ PARSERS = {  # setting: a function of a text that returns the value; others: see
     "num_training": at_least(0), "num_validation": at_least(0), "seeds": at_least(1),
     "image_size": between(32, 1024, whole=True), "seed": between(0, 2**32 - 1, whole=True),
     "dropout": between(0, 0.99), "reg": between(0, 1e6), "learning_rate": between(1e-12, 1e6),
-    "learning_rate_decay": between(1e-6, 1.0), "pretrained": weights}
+    "learning_rate_decay": between(1e-6, 1.0), "pretrained": weights, "dataset": any_text,
+    "results": any_text, "device": any_text, "checkpoint": any_text, "predict": any_text,
+    "note": any_text}
 NOT_IN_IDENTITY = {
     "seed",  # runs are compared over their seeds
     "dataset", "precision", "pretrained",  # stored separately, the weights as a hash
@@ -1942,7 +1971,10 @@ class Settings(argparse.Namespace):
     computes."""
 
     def replace(self, **changes):
-        """A copy with some of them changed."""
+        """A copy with some of them changed. Raises UserError for a name that is no setting."""
+        for name in changes:
+            if name not in self:
+                raise WrongSetting(f"there is no setting {name}")
         return Settings(**dict(vars(self), **changes))
 
     def all_seeds(self):
@@ -1960,7 +1992,7 @@ def parse_settings(script, argv=None):
     """The Settings of a script (its globals()), overridden by the flags in argv (None: those of the
     command line, if the script is run). Raises UserError (exit code 2)."""
     path = Path(script["__file__"])
-    comments = find_settings(path.read_text(encoding="utf-8"))
+    comments = find_settings(path.read_text(encoding="utf-8-sig"))
     parser = Parser(
         path.name, "%(prog)s [--flag=value ...]", script["__doc__"], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
@@ -1999,6 +2031,8 @@ def find_settings(source):
                 raise WrongSetting(f"{ast.unparse(node)}: give each setting a line of its own")
             last_line = top.splitlines()[node.end_lineno - 1]
             comments[targets[0].id] = last_line.partition("  # ")[2]
+        elif not isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr)):
+            raise WrongSetting(f"line {node.lineno}: only assignments can stand among the settings")
     return comments
 
 def parser_of(name, value, script):
@@ -2161,9 +2195,7 @@ def write_page(lines, folder):
 
 def run_script(main):
     """Call main(), and leave the process with one sentence for a UserError or Ctrl-C."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 - None: closed by >&-
-        setattr(sys, name, stream)
+    for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):  # not in notebooks
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
@@ -2225,7 +2257,7 @@ def build_trained_model(state, settings, build_model):
         model = build_model(settings.replace(**state["settings"]), len(state["classes"]))
         model.load_state_dict(state["model"])
         is_the_same = describe_layers(model) == state["identity"]["layers"]
-    except (LookupError, TypeError, RuntimeError):
+    except (LookupError, TypeError, RuntimeError, WrongSetting):
         is_the_same = False
     if not is_the_same:
         raise UserError(f"{settings.checkpoint} was not written by the network that is now in "
@@ -2257,8 +2289,8 @@ def show_predictions(paths, root, classes, logits, labels):
               f"{correct / count:.1%}")
     has_folders = root.is_dir() and any(path.parent != root for path in paths)
     if has_folders and count < len(paths):
-        print(f"In other folders: {len(paths) - count:,} of {len(paths):,}; the classes are "
-              f"{', '.join(classes)}")
+        print(f"Not counted, as their folders are named otherwise: {len(paths) - count:,} of "
+              f"{plural(len(paths), 'image')}; the classes are {', '.join(classes)}")
 
 
 # ========== device ==========

@@ -42,7 +42,6 @@ ROWS = {  # row: network, augmentation
     "VGG11-BN, horizontal_flip": (ex3_pretrained.VGG, "horizontal_flip"),
 }
 
-
 def seconds(function, device):
     """How long a call takes, with what it leaves to a GPU."""
     start = time.perf_counter()
@@ -51,14 +50,12 @@ def seconds(function, device):
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
-
 def return_freed_memory():
     """Undo utils.keep_freed_memory, which would make the plain loop faster, too."""
     with suppress(OSError, AttributeError):  # another system
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that glibc raises it to by itself
         mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
-
 
 def our_loop(network, data, augmentation, device, dtype, settings):
     """A function that trains one epoch with our loop."""
@@ -73,7 +70,6 @@ def our_loop(network, data, augmentation, device, dtype, settings):
         utils.train_one_epoch(model, batches, optimizer, scaler, dtype)
 
     return epoch
-
 
 def plain_loop(network, data, augmentation, device):
     """A function that trains one epoch with the plain loop: PIL images that are transformed one by
@@ -102,7 +98,6 @@ def plain_loop(network, data, augmentation, device):
 
     return epoch
 
-
 def measure(name, data, device, dtype, settings):
     """Print one line of the table in Markdown."""
     network, augmentation = ROWS[name.split(", --")[0]]
@@ -119,7 +114,6 @@ def measure(name, data, device, dtype, settings):
     mine, plainly = map(statistics.median, zip(*times[1:]))  # the first is a warm-up
     print(f"| {name} | {len(data.train) / mine:,.0f} | {len(data.train) / plainly:,.0f} "
           f"| {plainly / mine:.2f}x |", flush=True)
-
 
 def main():
     settings = utils.parse_settings(vars(ex3_convnet), ["--dataset=synthetic", *sys.argv[1:]])
@@ -138,7 +132,6 @@ def main():
                 utils.choose_device(changed)
                 measure(f"{name}, --{extra}", data, device, dtype, changed)
             utils.choose_device(settings)
-
 
 if __name__ == "__main__":
     main()

@@ -27,23 +27,19 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--dataset=synthetic", "--num_training=60", "--num_validation=20", "--num_epochs=2",
         "--batch_size=20", "--precision=float32", "--device=cpu"]  # with `few` a run of a moment
 
-
 def parse(*argv, script=ex3_convnet):
     """The settings of a script for this command line."""
     return utils.parse_settings(vars(script), argv)
 
-
 def records_in(folder):
     """The records in all the results of a project's folder, from their files."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("figures/*/*/records/*"))]
-
 
 def checkpoints_in(folder):
     """{path from `folder`/checkpoints on: checkpoint} of all that are there."""
     folder = folder / "checkpoints"
     return {str(path.relative_to(folder)): utils.load_checkpoint(path)
             for path in sorted(folder.rglob("*.ckpt"))}
-
 
 def comparable(value):
     """A checkpoint or a record with lists for tensors, without what differs from call to call."""
@@ -54,11 +50,9 @@ def comparable(value):
         return [comparable(part) for part in value]
     return (str(value.dtype), value.tolist()) if isinstance(value, torch.Tensor) else value
 
-
 def pytest_addoption(parser):
     parser.addoption("--bfloat16", action="store_true",
                      help="let the precision auto find a CPU with bfloat16, whatever it has")
-
 
 @pytest.fixture(autouse=True)
 def _same_everywhere(monkeypatch, request):
@@ -69,13 +63,11 @@ def _same_everywhere(monkeypatch, request):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder in the place of the project's: nothing is written into the real one."""
     monkeypatch.setattr(utils, "FOLDER", tmp_path)
     return tmp_path
-
 
 @pytest.fixture
 def few(monkeypatch):
@@ -84,12 +76,10 @@ def few(monkeypatch):
     sizes = {"train": 60, "val": 20, "test": 100}
     monkeypatch.setattr(utils, "make_synthetic", lambda: (*made, sizes))
 
-
 @pytest.fixture
 def small_convnet(monkeypatch):
     """Let the convnet have 8 channels in each block: an epoch takes a fraction of a second."""
     monkeypatch.setattr(ex3_convnet, "CHANNELS", (8, 8, 8, 8, 8))
-
 
 @pytest.fixture
 def no_figures(monkeypatch):
@@ -98,12 +88,10 @@ def no_figures(monkeypatch):
     for name in ("plot_runs", "plot_learning_curves", "plot_filters", "plot_classes"):
         monkeypatch.setattr(utils, name, lambda *_, **__: None)
 
-
 @pytest.fixture
 def small(folder, few, small_convnet, no_figures):
     """An empty folder for a small convnet on few images, which draws nothing."""
     return folder
-
 
 def tiny_features():
     """In the place of the VGG11-BN's features: few layers of the same kinds, 512 features."""
@@ -112,18 +100,15 @@ def tiny_features():
         nn.MaxPool2d(2), nn.Conv2d(64, 512, 1), nn.BatchNorm2d(512), nn.ReLU(inplace=True),
         nn.MaxPool2d(4))
 
-
 def vgg_features():
     """The VGG11-BN's features, but not the 120 million weights behind them, which take seconds."""
     return make_layers(cfgs["A"], batch_norm=True)
-
 
 @pytest.fixture
 def tiny_vgg(monkeypatch):
     """Let ex3_pretrained.py have tiny_features."""
     monkeypatch.setattr(ex3_pretrained, "vgg11_bn",
                         lambda: SimpleNamespace(features=tiny_features()))
-
 
 def random_weights(features, seed=1):
     """A state dict like torchvision's, with random features."""
@@ -136,13 +121,11 @@ def random_weights(features, seed=1):
             nn.init.uniform_(layer.running_var, 0.5, 2)
     return {f"features.{name}": value for name, value in features.state_dict().items()}
 
-
 @pytest.fixture
 def weights_file(tiny_vgg, tmp_path):
     """A file of weights that fit the tiny network, which the script now makes."""
     torch.save(random_weights(tiny_features()), tmp_path / "weights.pth")
     return tmp_path / "weights.pth"
-
 
 @pytest.fixture
 def project(tmp_path):
@@ -174,7 +157,6 @@ def project(tmp_path):
     run.folder, run.status = home, status
     return run
 
-
 def write_photos(folder, counts, size=32):
     """Make an image folder; counts: {"train/cat": number of pictures}; each has another grey."""
     grey = 0
@@ -185,7 +167,6 @@ def write_photos(folder, counts, size=32):
             grey = (grey + 5) % 256
             Image.fromarray(np.full((size, size, 3), grey, np.uint8)).save(path)
     return folder
-
 
 @pytest.fixture
 def photos(tmp_path):

@@ -16,15 +16,12 @@ def images():
     noise = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return torch.nn.functional.interpolate(noise, (32, 32), mode="bicubic").clamp(0, 1)
 
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
 
 def spread(low, high, *_):
     """Sixteen numbers from low to high, evenly: in the place of a uniform draw for each image."""
     return low + (high - low) * torch.arange(16) / 16
-
 
 def transformed(name, image, first, second):
     """What torchvision makes of an image with these draws."""
@@ -36,7 +33,6 @@ def transformed(name, image, first, second):
         return reference.affine(image, 0, [0, 0], first, [0.0])
     large = reference.resize(image, [40, 40], antialias=True)  # bilinear
     return reference.crop(large, int(second), int(first), 32, 32)
-
 
 @pytest.mark.parametrize(("name", "low", "high"), [
     ("rotation", -45, 45), ("translation", -0.5, 0.5), ("scaling", 0.6, 1.4),
@@ -59,7 +55,6 @@ def test_geometry(images, monkeypatch, name, low, high):
     assert (ours - theirs).abs().gt(1e-4).float().mean() < 0.01
     assert (ours - images).abs().gt(1e-4).float().mean() > 0.01
 
-
 @pytest.mark.parametrize(("name", "p", "theirs"), [
     ("horizontal_flip", 0.5, reference.hflip), ("vertical_flip", 0.5, reference.vflip),
     ("greyscale", 0.2, partial(reference.rgb_to_grayscale, num_output_channels=3))])
@@ -74,10 +69,8 @@ def test_flips_and_greyscale_change_the_images_whose_draw_is_below_p(
     assert torch.allclose(ours[::2], theirs(images[::2]), atol=1e-6)
     assert torch.equal(ours[1::2], images[1::2])
 
-
 ADJUST = {"brightness": reference.adjust_brightness, "contrast": reference.adjust_contrast,
           "saturation": reference.adjust_saturation, "hue": reference.adjust_hue}
-
 
 def test_color_jitter_takes_the_four_colours_in_random_order(images, monkeypatch):
     monkeypatch.setattr(utils, "uniform", spread)
@@ -100,7 +93,6 @@ def test_color_jitter_takes_the_four_colours_in_random_order(images, monkeypatch
         found.add(nearest)
     assert len(found) > 5
 
-
 @pytest.mark.parametrize("name", utils.AUGMENTATIONS)
 def test_each_image_gets_its_own_draw_from_the_given_generator(images, name):
     copies = images[:1].repeat(64, 1, 1, 1)
@@ -120,13 +112,11 @@ def test_each_image_gets_its_own_draw_from_the_given_generator(images, name):
     assert first.shape == copies.shape
     assert 0 <= first.min() <= first.max() <= 1
 
-
 def test_a_uniform_draw(images):
     draws = utils.uniform(-3, 5, torch.empty(20000, 0), generator())
     assert -3 <= draws.min() <= draws.max() < 5
     assert draws.mean().item() == pytest.approx(1, abs=0.1)
     assert draws.var().item() == pytest.approx(64 / 12, rel=0.05)
-
 
 def test_techniques_are_combined_in_order(images):
     both = utils.make_augment("scaling+vertical_flip", generator())(images)

@@ -24,13 +24,11 @@ EDITS = {  # how a run is named: the edit of the script
     "augmentation rotation": ROTATION, "layers.2: GELU": GELU, "optimizer SGD": SGD,
     "layers.0 out_channels: 16": CHANNELS}
 
-
 def table(out):
     """The rows of the last table of runs in an output, {heading: cell} each."""
     lines = out.rpartition("The runs in ")[2].splitlines()[1:]
     headings, *rows = [re.split("  +", line) for line in lines if "  " in line]
     return [dict(zip(headings, row)) for row in rows]
-
 
 def test_each_run_is_named_by_what_distinguishes_it(small, monkeypatch, capsys):
     """The baseline, too; those that ran last stand last."""
@@ -47,7 +45,6 @@ def test_each_run_is_named_by_what_distinguishes_it(small, monkeypatch, capsys):
     assert baseline[0]
     assert len({row["run"] for row in rows}) == len(rows)
 
-
 @pytest.mark.parametrize(("first", "second", "words"), [
     *(([], [edit], words) for words, edit in EDITS.items()),
     ([SGD], [SGD, ("fused=True", "fused=True, momentum=0.9")], "momentum: 0.9"),
@@ -63,7 +60,6 @@ def test_of_two_runs_the_difference_tells_them_apart(small, capsys, first, secon
         names = [row["run"] for row in table(capsys.readouterr().out)]
         assert sum(words in name for name in names) == 1
         assert words not in EDITS or words in names
-
 
 @pytest.mark.parametrize(("before", "last", "words"), [
     ((70, 71, 72), (80, 81, 82), "more than chance"), ((80, 81, 82), (70, 71, 72), "more than"),
@@ -91,7 +87,6 @@ def test_a_sentence_says_whether_the_last_two_differ(folder, no_figures, capsys,
         assert sentence.startswith("norm_flag True against ")
     assert numbers == pytest.approx(expected, abs=0.0501)
 
-
 def test_the_csv_has_a_line_for_each_record_and_a_value_for_each_setting(small):
     """Also where a record is older than a setting of one's own; a commit is never a number."""
     ex3_convnet.main([*ARGV, "--seeds=2"])
@@ -116,7 +111,6 @@ def test_the_csv_has_a_line_for_each_record_and_a_value_for_each_setting(small):
     runs = Counter((row["run"], row["mixup"], row["note"], row["commit"]) for row in rows)
     assert sorted((*run[2:], seeds) for run, seeds in runs.items()) == [
         ("Zoë's PC", "gnone", 3), ("none", "g1234e56", 2)]
-
 
 def test_pooled_records_of_a_class_stand_in_one_row(small, capsys):
     """Of several machines, without a precision by name; one of another learning rate in its own."""

@@ -25,20 +25,16 @@ import utils
 BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 PYTHON, BINARY = "cifar-10-batches-py", "cifar-10-batches-bin"
 
-
 def load(dataset, *argv, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
     settings = parse(f"--dataset={dataset}", *argv)
     return utils.load_data(settings, mean, std, torch.device("cpu"))
 
-
 def levels(data, part):  # the grey of each image
     return data.images[getattr(data, part), 0, 0, 0].tolist()
-
 
 def shares(data, part):  # of each class among the images
     labels = data.labels[getattr(data, part)]
     return (torch.bincount(labels, minlength=len(data.classes)) / len(labels)).tolist()
-
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
@@ -66,7 +62,6 @@ def cifar10(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "CIFAR10_FINGERPRINT", digest[:16])
     return place.parent, images, labels
 
-
 @pytest.fixture
 def mirrors(monkeypatch):
     """{host: the bytes that it delivers}, and the hosts that are asked, in turn."""
@@ -86,7 +81,6 @@ def mirrors(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     return there, asked
 
-
 @pytest.mark.parametrize("place", ["datasets", "shared"])
 @pytest.mark.parametrize("form", [CIFAR10.filename, PYTHON])
 def test_archive_and_folder_are_the_same_data(folder, cifar10, mirrors, form, place):
@@ -98,7 +92,6 @@ def test_archive_and_folder_are_the_same_data(folder, cifar10, mirrors, form, pl
     assert np.array_equal(data.images.permute(0, 2, 3, 1), images)
     assert (data.labels.tolist(), len(data.train), len(data.val)) == (labels.tolist(), 90, 10)
     assert (data.name, asked) == ("CIFAR-10", [])
-
 
 def test_the_binary_version_is_read_and_refused_if_it_is_altered_or_incomplete(
         tmp_path, monkeypatch):
@@ -114,7 +107,6 @@ def test_the_binary_version_is_read_and_refused_if_it_is_altered_or_incomplete(
     assert labels[7::10_000].tolist() == [*range(6)]
     assert images[7::10_000, [0, 31], [0, 31]].tolist() == (
         [[[10 + i, 0, 0], [0, 20 + i, 0]] for i in range(6)])
-
 
 def test_mirrors_are_tried_in_turn_and_once_and_without_one_a_sentence_says_what_to_do(
         folder, cifar10, mirrors):
@@ -133,7 +125,6 @@ def test_mirrors_are_tried_in_turn_and_once_and_without_one_a_sentence_says_what
     there.clear()
     assert load("cifar10").fingerprint == data.fingerprint
 
-
 @pytest.mark.parametrize("altered", ["data_batch_3", "test_batch", "batches.meta"])
 def test_an_altered_file_is_refused_and_not_unpickled(folder, cifar10, mirrors, altered):
     source, _, _ = cifar10
@@ -144,7 +135,6 @@ def test_an_altered_file_is_refused_and_not_unpickled(folder, cifar10, mirrors, 
     with pytest.raises(utils.UserError, match=rf"{PYTHON}.* damaged: delete it$"):
         ex3_convnet.main([])
     assert not (folder / "sprung").exists()
-
 
 def test_the_split_of_photos(photos, capsys):
     """Cats have the levels 5, 10, ..., 60, dogs 65, ..., 120: of each every tenth validates."""
@@ -159,13 +149,11 @@ def test_the_split_of_photos(photos, capsys):
     assert len(load(photos, "--num_validation=23").train) == 1
     assert capsys.readouterr().out == ""
 
-
 def test_of_fewer_than_ten_images_one_validates_and_of_twenty_two(tmp_path):
     write_photos(tmp_path, {"train/ant": 9, "train/bee": 20, "test/ant": 1, "test/bee": 1})
     data = load(tmp_path)
     assert data.labels[data.val].tolist() == [0, 1, 1]
     assert len(data.train) == 8 + 18
-
 
 @pytest.mark.parametrize("argv", ["--num_training=23", "--num_validation=24",
                                   "--num_training=20 --num_validation=5"])
@@ -174,14 +162,12 @@ def test_an_impossible_split_is_a_wrong_setting(photos, argv):
         load(photos, *argv.split())
     assert error.value.exit_code == 2
 
-
 def test_a_batch_is_normalized(photos):
     numbers = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.2, 0.1)}
     data = load(photos, **numbers)
     images, labels = data.batch(torch.tensor([3, 8]))
     assert torch.allclose(images, normalize(data.images[[3, 8]] / 255, **numbers), atol=1e-5)
     assert labels.tolist() == [1, 0]
-
 
 def test_the_fingerprint_changes_with_a_pixel_and_a_label(few, monkeypatch):
     name, classes, images, labels, sizes = utils.make_synthetic()
@@ -193,13 +179,11 @@ def test_the_fingerprint_changes_with_a_pixel_and_a_label(few, monkeypatch):
     assert len({*found}) == 3
     assert load("synthetic", "--num_training=9").fingerprint == found[-1]
 
-
 def test_synthetic_images_are_the_same_on_every_machine():
     _, _, images, labels, sizes = utils.make_synthetic()
     assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest().startswith(
         "d88a002f9ee85622fb71c4b28c557e1b")
     assert sizes == {"train": 4500, "val": 500, "test": 1000}
-
 
 @pytest.mark.parametrize("names", ["{:03}.png", "IMG_20260704_{:06}.png"])
 def test_each_class_has_its_share_in_each_part_whatever_the_files_are_called(tmp_path, names):
@@ -213,7 +197,6 @@ def test_each_class_has_its_share_in_each_part_whatever_the_files_are_called(tmp
     for found in (*(shares(data, part) for part in ("train", "val", "test")), shares(more, "val")):
         assert found == pytest.approx([0.5, 0.3, 0.2], abs=0.11)
     assert min(shares(load(tmp_path, "--num_training=3"), "train")) > 0
-
 
 def test_what_is_no_photo_of_a_class_is_left_out_and_its_images_told_in_one_line(photos, capsys):
     """A class can be a link; a link inside one is not followed."""
@@ -233,14 +216,12 @@ def test_what_is_no_photo_of_a_class_is_left_out_and_its_images_told_in_one_line
     assert line.endswith(", in more/cat, train/.ipynb_checkpoints, train/__MACOSX/cat, "
                          "train/cat/@eaDir, train/dog and 1 more")
 
-
 @pytest.mark.parametrize("name", ["val", "valid"])
 def test_photos_in_val_validate_and_those_below_a_class_are_of_it(photos, name):
     write_photos(photos, {f"{name}/cat": 2, f"{name}/dog": 1, "train/dog/at the lake": 3})
     data = load(photos)
     assert (len(data.train), levels(data, "val")) == (27, [5, 15, 10])
     assert torch.bincount(data.labels[data.train]).tolist() == [12, 15]
-
 
 def test_classes_are_the_same_in_another_case_and_in_another_form_of_unicode(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "bär") for form in ("NFC", "NFD"))
@@ -251,14 +232,12 @@ def test_classes_are_the_same_in_another_case_and_in_another_form_of_unicode(tmp
     for part, counts in ("train", [5, 4]), ("val", [2, 1]), ("test", [2, 3]):
         assert torch.bincount(data.labels[getattr(data, part)]).tolist() == counts
 
-
 def test_two_folders_that_differ_in_case_only_are_one_sentence(photos):
     if (photos / "TRAIN").exists():
         pytest.skip("this file system does not tell them apart")
     shutil.copytree(photos / "train/cat", photos / "train/Cat")
     with pytest.raises(utils.UserError, match=r"(?i)^.*train has two folders .*\bcat\b.*$"):
         load(photos)
-
 
 def test_images_of_test_that_are_training_images_are_told_with_their_number(photos, capsys):
     shutil.copy(photos / "train/cat/000.png", photos / "test/cat/again.png")
@@ -267,7 +246,6 @@ def test_images_of_test_that_are_training_images_are_told_with_their_number(phot
     load(photos)
     line, = capsys.readouterr().out.splitlines()
     assert re.search(r"^2 .*\btest images\b.*\btraining set\b", line)
-
 
 @pytest.mark.parametrize(("counts", "words"), [
     ({"train/ant": 3, "test/ant": 1}, "two"), ({"train/ant": 3}, "test"), ({}, "train"),
@@ -281,7 +259,6 @@ def test_missing_classes_and_images_are_one_sentence(tmp_path, counts, words):
     with pytest.raises(utils.UserError, match=rf"^.*photos.*\b{words}\b.*$"):
         load(tmp_path / "photos")
 
-
 def test_files_that_cannot_be_read_are_named_all_at_once(photos):
     names = ["train/cat/003.png", "train/dog/004.png", "test/dog/000.png", "train/dog/gone.png"]
     for name, size in zip(names[:3], (0, 60, 8)):
@@ -292,7 +269,6 @@ def test_files_that_cannot_be_read_are_named_all_at_once(photos):
     assert all(str(photos / name) in str(error.value) for name in names)
     assert str(error.value).count(" (") == 4
 
-
 def test_two_folders_of_one_name_and_one_named_like_a_data_set_share_nothing(
         folder, small_convnet, no_figures):
     for place, count in ("a/photos", 4), ("b/photos", 5), ("synthetic", 6):
@@ -302,7 +278,6 @@ def test_two_folders_of_one_name_and_one_named_like_a_data_set_share_nothing(
     assert [name[:-4] for name in names] == ["photos-", "photos-", "synthetic-folder-"]
     assert len(records_in(folder)) == len([*folder.glob("checkpoints/*")]) == 3
 
-
 def test_photos_of_renamed_classes_are_other_data_and_a_note_among_them_is_no_cifar_10(photos):
     before = load(photos).fingerprint
     (photos / "cifar-10-notes.txt").write_text("to do")
@@ -311,13 +286,11 @@ def test_photos_of_renamed_classes_are_other_data_and_a_note_among_them_is_no_ci
         (photos / part / "dog").rename(photos / part / "dolphin")
     assert load(photos).fingerprint != before
 
-
 PICTURE = np.random.default_rng(1).integers(0, 256, (4, 4, 3), dtype=np.uint8)
 PICTURE = PICTURE.repeat(8, axis=0).repeat(8, axis=1)  # 32 x 32, which JPEG keeps
 PHOTO = Image.fromarray(PICTURE)
 EXIF = Image.Exif()
 EXIF[0x0112] = 6  # the camera was turned: to be shown a quarter clockwise
-
 
 def saved(kind, image=PHOTO, **options):
     """An image as Pillow saves it, with the camera's note."""
@@ -325,11 +298,9 @@ def saved(kind, image=PHOTO, **options):
     image.save(content, kind, **{"exif": EXIF.tobytes(), **options})
     return content.getvalue()
 
-
 TURNED = {"jpeg": saved("jpeg", quality=100, subsampling=0), "png": saved("png"),
           "tiff": saved("tiff"), "tiff, lzw": saved("tiff", compression="tiff_lzw"),
           "webp": saved("webp", lossless=True)}
-
 
 @pytest.mark.parametrize("kind", TURNED)
 def test_pictures_are_turned_upright_whatever_their_format(tmp_path, kind):
@@ -337,12 +308,10 @@ def test_pictures_are_turned_upright_whatever_their_format(tmp_path, kind):
     found = utils.read_image(tmp_path / "x", 32).astype(int)
     assert np.abs(found - np.rot90(PICTURE, -1)).max() <= 4
 
-
 new, WHITE = partial(Image.new, size=(40, 50)), (255, 255, 255)
 PALETTE = new("P", color=1)
 PALETTE.putpalette([1, 2, 3, 9, 8, 200])
 MOVING = {"save_all": True, "append_images": [new("RGB", color="blue")]}
-
 
 @pytest.mark.parametrize(("image", "name", "options", "expected"), [
     (new("RGBA", color=(0, 0, 200, 51)), "x.webp", {}, (204, 204, 244)),
@@ -358,7 +327,6 @@ def test_every_kind_of_picture_becomes_rgb_on_white(tmp_path, image, name, optio
     pixel = utils.read_image(tmp_path / name, 32)[16, 16]
     assert pixel.tolist() == pytest.approx(expected, abs=3)
 
-
 @pytest.mark.parametrize("content", [
     saved("png", image=new("I;16", color=4000)), saved("tiff", image=new("F", color=0.5))])
 def test_more_than_8_bits_are_refused(tmp_path, content):
@@ -366,7 +334,6 @@ def test_more_than_8_bits_are_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(utils.UserError, match=r"/x \(more than 8 bits per channel\)$"):
         utils.read_image(path, 32)
-
 
 @pytest.mark.parametrize("name", ["x.png", "x.jpg"])
 def test_a_photo_is_its_middle_square_resized(tmp_path, name):

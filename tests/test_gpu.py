@@ -19,7 +19,6 @@ DEVICE = torch.device("cuda", 0) if GPU else torch.device("meta")
 FLOAT32 = torch.float32
 with_gpu = pytest.mark.skipif(not GPU, reason="there is no GPU")
 
-
 @pytest.fixture
 def reads(monkeypatch):
     """The devices from which item() reads numbers; nothing else may wait for the GPU."""
@@ -41,7 +40,6 @@ def reads(monkeypatch):
     yield devices
     if GPU:
         torch.cuda.set_sync_debug_mode("default")
-
 
 @pytest.mark.parametrize("dtype", [FLOAT32, pytest.param(torch.float16, marks=with_gpu)])
 @pytest.mark.parametrize(("script", "argv"), [
@@ -77,7 +75,6 @@ def test_everything_is_on_the_gpu_and_no_step_waits_for_it(
     for result in utils.predict_logits(model, data.batches(data.test), dtype):
         assert (result.device, len(result)) == (DEVICE, 100)
 
-
 @with_gpu
 @pytest.mark.parametrize("technique", utils.AUGMENTATIONS)
 def test_a_gpu_augments_like_the_cpu(technique, few):
@@ -87,7 +84,6 @@ def test_a_gpu_augments_like_the_cpu(technique, few):
     on_cpu, on_gpu = (utils.make_augment(technique, torch.Generator().manual_seed(0))(
         images.to(device)).cpu() for device in ("cpu", DEVICE))
     assert (on_cpu - on_gpu).abs().mean() < 0.1 * (on_cpu - images).abs().mean()
-
 
 @with_gpu
 @pytest.mark.parametrize(("how", "error"), [

@@ -15,7 +15,6 @@ from ex3_pretrained import VGG, load_features
 
 FROZEN = "--fine_tune=False"
 
-
 @pytest.fixture
 def run(small, weights_file):
     """A function that trains from the weights: the record, and the best model's state dict."""
@@ -24,7 +23,6 @@ def run(small, weights_file):
         return record, next(iter(checkpoints_in(small).values()))["model"]
 
     return run
-
 
 def test_the_network_is_torchvisions_features_and_a_head(tmp_path):
     """Built once in full, by torchvision's own function; its features make one vector."""
@@ -41,7 +39,6 @@ def test_the_network_is_torchvisions_features_and_a_head(tmp_path):
         torch.testing.assert_close(model.extract(images), vectors)
         torch.testing.assert_close(model(images), model.head(vectors))
 
-
 @pytest.mark.parametrize(("argv", "deviations", "bias"), [
     (["--pretrained=none"], (1e-3, 1e-3), False),  # as in the template
     ([], ((3 * 512)**-0.5, (3 * 256)**-0.5), True)])  # PyTorch's: uniform up to inputs**-0.5
@@ -52,9 +49,7 @@ def test_initial_weights_of_the_head(tiny_vgg, argv, deviations, bias):
         assert layer.weight.std().item() == pytest.approx(deviation, rel=0.05)
         assert layer.bias.any() == bias
 
-
 FEATURES = random_weights(tiny_features())
-
 
 @pytest.mark.parametrize("stored", [
     {**FEATURES, "classifier.0.weight": torch.zeros(3)},  # as torchvision's
@@ -71,7 +66,6 @@ def test_weights_of_all_kinds_are_loaded_and_known_by_their_hash(tiny_vgg, tmp_p
         assert value.dtype in (torch.float32, torch.int64)
     assert torch.equal(model.head[0].bias, head)
 
-
 def test_a_run_from_scratch_on_photos_is_a_start_for_the_next(small, tiny_vgg, photos):
     """The hash of the weights is part of the identity, their path is not."""
     argv = [*TINY, "--num_training=0", "--num_validation=0", "--learning_rate=1e-12"]
@@ -83,7 +77,6 @@ def test_a_run_from_scratch_on_photos_is_a_start_for_the_next(small, tiny_vgg, p
     assert record["identity"]["weights"] == hashlib.sha256(mine.read_bytes()).hexdigest()[:16]
     assert str(small) not in str(record)
 
-
 @pytest.mark.parametrize("content", [
     [1, 2], torch.zeros(3), {}, {"model": 3}, {0: torch.zeros(3)},
     {**FEATURES, "features.0.weight": torch.zeros(3)}, {**FEATURES, "features.0.weight": 3},
@@ -93,7 +86,6 @@ def test_weights_of_another_network_are_named_in_one_sentence(tiny_vgg, tmp_path
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(utils.UserError, match=r"^[^\n]*weights\.pth lacks the features[^\n]*$"):
         load_features(VGG(), str(tmp_path / "weights.pth"))
-
 
 def test_imagenet_is_torchvisions_file_whose_hash_is_checked(small, tiny_vgg, monkeypatch):
     def get_state_dict(weights, check_hash, **_):
@@ -106,7 +98,6 @@ def test_imagenet_is_torchvisions_file_whose_hash_is_checked(small, tiny_vgg, mo
     assert (record["pretrained"], record["identity"]["weights"]) == ("imagenet", "6002323d")
     best = next(iter(checkpoints_in(small).values()))["model"]
     assert all(torch.equal(best[name], value) for name, value in FEATURES.items())
-
 
 @pytest.mark.parametrize("cached", [None, b"half a file"])
 def test_without_the_imagenet_weights_one_sentence_names_the_ways_on(
@@ -127,12 +118,10 @@ def test_without_the_imagenet_weights_one_sentence_names_the_ways_on(
         assert words in str(error.value)
     assert ("no network" in str(error.value)) == (cached is None)
 
-
 def test_frozen_random_features_are_refused(small, capsys):
     with pytest.raises(utils.UserError, match="random features") as error:
         ex3_pretrained.main([*TINY, "--pretrained=none", FROZEN])
     assert (error.value.exit_code, capsys.readouterr().out) == (2, "")
-
 
 @pytest.mark.parametrize(("argv", "learn", "moving"), [
     ([FROZEN], 6, []),  # from features that are computed once,
@@ -148,7 +137,6 @@ def test_what_is_frozen_stays_to_the_bit_and_out_of_the_optimizer(
     assert state["head.1.num_batches_tracked"] > 0
     *_, latest = checkpoints_in(small).values()
     assert len(latest["optimizer"]["param_groups"][0]["params"]) == learn
-
 
 @pytest.mark.parametrize("augmentation", ["none", "horizontal_flip"])
 def test_features_computed_once_give_the_same_numbers_as_in_every_epoch(
@@ -166,7 +154,6 @@ def test_features_computed_once_give_the_same_numbers_as_in_every_epoch(
         assert once["result"][name] == pytest.approx(plain["result"][name], abs=1e-6), name
     assert once["confusion"] == plain["confusion"]
     torch.testing.assert_close(once_state, plain_state, rtol=1e-3, atol=1e-4)
-
 
 @pytest.mark.parametrize("flags", [["--batch_size=1"], ["--num_training=1"]])
 @pytest.mark.parametrize("network", [[], [FROZEN], [FROZEN, "--frozen_norm=train"]])

@@ -16,7 +16,6 @@ PAGES = "\n".join(path.read_text(encoding="utf-8")
                   for path in sorted(ROOT.glob("figures/published/*/*/README.md")))
 SCRIPTS = {"ex3_convnet.py": ex3_convnet, "ex3_pretrained.py": ex3_pretrained}
 
-
 def test_every_percentage_stands_on_a_published_page():
     """With its deviation, where it has one: 83.9 %, or 96.7 ± 1.0 %."""
     number = r"\d+(?:\.\d+)?"
@@ -24,7 +23,6 @@ def test_every_percentage_stands_on_a_published_page():
     missing = [percentage for percentage in percentages
                if not re.search(rf"(?<![\d.]){re.escape(percentage)}(?!\.?\d)", PAGES)]
     assert missing == []
-
 
 def test_every_command_that_runs_a_file_is_understood_and_both_scripts_have_some():
     text = README.replace("\\\n", " ")
@@ -41,17 +39,14 @@ def test_every_command_that_runs_a_file_is_understood_and_both_scripts_have_some
                 parse(*flags, script=SCRIPTS[name])
     assert {*SCRIPTS} <= names
 
-
 def test_linked_files_and_pictures_exist():
     targets = re.findall(r"\]\(([^)\s]+)", README) + re.findall(r'(?:src|href)="([^"]+)"', README)
     paths = [target.partition("#")[0] for target in targets if "://" not in target]
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
-
 def test_it_is_read_in_a_few_minutes():
     lines = [line for line in README.splitlines() if not line.startswith("|")]
     assert len(" ".join(lines).split()) <= 1500
-
 
 NOTEBOOK = f"""
 import sys; sys.path.insert(0, "."); sys.argv.append("--of-the-kernel")
@@ -65,7 +60,6 @@ try:
 except utils.UserError as error:
     print("caught", error)
 """
-
 
 def test_a_notebook_shows_figures_and_catches_errors(project, monkeypatch):
     """In the kernel of a notebook; its command line is not that of the script. A run shows the
@@ -85,7 +79,6 @@ def test_a_notebook_shows_figures_and_catches_errors(project, monkeypatch):
     assert "epochs: 2\n" in texts[0]
     assert "caught argument --dropout: '2' must be" in texts[0]
     assert re.search("Last model .epoch 2", texts[1])
-
 
 def test_the_benchmark_can_be_imported():
     """It is no test, and takes minutes; but it must not be left behind."""

@@ -25,7 +25,6 @@ MODEL = "self.layers = nn.Sequential(*layers, nn.Flatten(), head)"
 OPTIMIZER = "return optimizer, scheduler"
 GELU = ("nn.ReLU(inplace=True)", "nn.GELU()")
 
-
 def edited(folder, *changes, name="ex3_convnet"):
     """The convnet's script with these changes (old, new) of its source, as a module."""
     source = (ROOT / "ex3_convnet.py").read_text(encoding="utf-8")
@@ -35,7 +34,6 @@ def edited(folder, *changes, name="ex3_convnet"):
     (folder / f"{name}.py").write_text(source, encoding="utf-8")
     return SimpleNamespace(**runpy.run_path(str(folder / f"{name}.py")))
 
-
 def digest(*argv, script=ex3_convnet):
     """That of a run, from the name of its record, which is the only one."""
     shutil.rmtree(utils.FOLDER / "figures", ignore_errors=True)
@@ -43,20 +41,16 @@ def digest(*argv, script=ex3_convnet):
     path, = utils.FOLDER.glob("figures/*/*/records/*")
     return re.search("_([0-9a-f]{8})_seed", path.name)[1]
 
-
 def change(path, **parts):
     path.write_text(json.dumps({**json.loads(path.read_text()), **parts}))
 
-
 def page(folder):
     return next(folder.glob("figures/*/*/README.md")).read_text(encoding="utf-8")
-
 
 def rows_of(folder):
     """Those of the CSV in the only results."""
     path, = folder.glob("figures/*/*/results.csv")
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-
 
 def test_the_identity_holds_all_that_decides_what_a_run_computes(small):
     name = digest("--norm_flag", "--augmentation=rotation+horizontal_flip", "--seed=5")
@@ -78,7 +72,6 @@ def test_the_identity_holds_all_that_decides_what_a_run_computes(small):
         "data": {"fingerprint": pixels.hexdigest()[:16], "train": 60, "val": 20, "test": 100}}
     assert [layer["class"] for layer in layers] == ["ConvNet", "Sequential", *5 * [
         "Conv2d", "BatchNorm2d", "MaxPool2d", "ReLU"], "Flatten", "Linear"]
-
 
 OFF = [  # or without an effect on results
     [("dropout = 0  #", "dropout: float = 0.0  #")], [("dropout = 0  #", "dropout = None  #")],
@@ -102,17 +95,14 @@ OTHER = [
     (RECIPE, f"mixup = True  # mine\n{RECIPE}"), (PLACE, f"mixup = True  # mine\n{PLACE}"),
     (RECIPE, f"milestones = [10, 20]  # mine\n{RECIPE}"), ("dropout = 0  #", "dropout = .1  #")]
 
-
 @pytest.mark.parametrize(("changes", "same"), [
     *((changes, True) for changes in OFF), *(([edit], False) for edit in OTHER)])
 def test_an_edit_is_another_run_unless_it_is_off_or_changes_no_result(small, changes, same):
     assert (digest(script=edited(small, *changes)) == digest()) == same
 
-
 def test_a_whole_number_is_one_however_it_is_written(small):
     before = digest(script=edited(small, ("fused=True", "fused=True, eps=1")))
     assert digest(script=edited(small, ("fused=True", "fused=True, eps=1.0"))) == before
-
 
 @pytest.mark.parametrize(("flags", "same"), [
     *((flag, True) for flag in ("--seed=1", "--device=cpu", "--deterministic", "--resume",
@@ -124,14 +114,12 @@ def test_a_whole_number_is_one_however_it_is_written(small):
 def test_a_setting_counts_unless_it_says_where_and_how_to_run(small, flags, same):
     assert (digest(flags) == digest()) == same
 
-
 def test_of_pretrained_weights_the_content_counts_and_not_the_place(small, weights_file, tmp_path):
     before = digest(f"--pretrained={weights_file}", script=ex3_pretrained)
     moved = shutil.copy(weights_file, tmp_path / "moved.pth")
     assert digest(f"--pretrained={moved}", script=ex3_pretrained) == before
     torch.save(random_weights(tiny_features(), seed=2), moved)
     assert digest(f"--pretrained={moved}", script=ex3_pretrained) != before
-
 
 @pytest.mark.parametrize("script", [ex3_convnet, ex3_pretrained])
 def test_a_run_of_today_has_the_identity_of_the_published_one(script, monkeypatch):
@@ -158,7 +146,6 @@ def test_a_run_of_today_has_the_identity_of_the_published_one(script, monkeypatc
         assert identity == known
         assert utils.record_name(record["title"], identity, own) == record["name"]
 
-
 def test_what_is_damaged_or_no_record_is_named_left_out_and_replaced_by_a_run(small, capsys):
     record, = ex3_convnet.main(ARGV)
     path, = small.glob("figures/*/*/records/*")
@@ -179,7 +166,6 @@ def test_what_is_damaged_or_no_record_is_named_left_out_and_replaced_by_a_run(sm
         for other, line in zip(others, capsys.readouterr().err.splitlines(), strict=True):
             assert line.startswith(f"{other} is left out")
     assert [other.read_text() for other in others] == texts
-
 
 @pytest.mark.parametrize(("shown", "gelu_is_later", "gelu_seeds", "argv"), [
     ("GELU", True, 2, ["--redraw"]), ("ReLU", False, 2, ["--redraw"]),
@@ -202,7 +188,6 @@ def test_of_two_networks_with_the_same_settings_one_is_shown_and_the_other_named
     assert len(re.findall(r"layers..: [GR]ELU \(. seeds\)", line, re.IGNORECASE)) == 2
     assert f": {shown} " not in line
 
-
 def test_of_records_of_one_seed_the_latest_counts_and_both_are_named(small, capsys):
     ex3_convnet.main(ARGV)
     path, = small.glob("figures/*/*/records/*")
@@ -215,7 +200,6 @@ def test_of_records_of_one_seed_the_latest_counts_and_both_are_named(small, caps
     lines = capsys.readouterr().err.splitlines()
     for name, line in zip([path.name, "x (1).json"], lines, strict=True):
         assert line.startswith(f"{name} is left out: a (1).json is")
-
 
 @pytest.mark.filterwarnings("error")
 def test_what_an_older_record_lacks_is_shown_as_a_dash(small):
@@ -233,16 +217,35 @@ def test_what_an_older_record_lacks_is_shown_as_a_dash(small):
     assert [cell == " – " for cell in row.split("|")[2:8]] == [
         False, False, False, False, True, True]
 
-
 def test_a_note_may_be_longer_than_a_file_name(small):
-    assert ex3_convnet.main([*ARGV, f"--note={'é' * 300}"])[0]["note"] == "é" * 300
+    assert ex3_convnet.main([*ARGV, f"--note={'猫' * 300}"])[0]["note"] == "猫" * 300
 
+def test_hand_ins_may_stand_in_folders_of_their_own_but_not_those_of_other_photos(
+        small, photos, capsys):
+    argv = [*ARGV, f"--dataset={photos}", "--num_training=16", "--num_validation=4"]
+    record, = ex3_convnet.main(argv)
+    path, = small.glob("figures/*/*/records/*")
+    (path.parent / "ada/records").mkdir(parents=True)
+    path = path.rename(path.parent / "ada/records" / path.name)
+    shown, = ex3_convnet.main([*argv, "--redraw"])
+    assert shown == record
+    capsys.readouterr()
+    shutil.copy(path, path.with_name("other.json"))
+    data = {**record["identity"]["data"], "fingerprint": "another folder"}
+    change(path.with_name("other.json"), identity={**record["identity"], "data": data})
+    assert ex3_convnet.main([*argv, "--redraw"]) == [record]
+    assert "other.json is left out: it was written" in capsys.readouterr().err
+
+def test_a_network_without_convolutions_is_recorded_too(folder, few):
+    linear = ("self.layers = nn.Sequential(*layers, nn.Flatten(), head)",
+              "self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))")
+    assert len(edited(folder, linear).main(ARGV)) == 1
+    assert len([*folder.glob("figures/*/*/*_classes.png")]) == 1
 
 @pytest.mark.parametrize("name", ["utils", "ex3_convnet", "ex3_pretrained"])
 def test_nothing_is_checked_by_an_assert_which_python_o_leaves_out(name):
     tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
     assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree))
-
 
 def test_a_commit_is_that_of_the_repository_that_tracks_the_script(
         project, few, small_convnet, no_figures, monkeypatch):

@@ -35,15 +35,12 @@ for command in sys.argv[1:]:
         print("exit code", end.code)
 """
 
-
 def files_in(folder):
     return {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
-
 
 def epochs_in(output):
     """How many epochs were trained, by what was printed."""
     return len(re.findall(r"^epoch +\d+/", output, re.MULTILINE))
-
 
 def test_plain_things_leave_each_their_own_results_and_nothing_that_git_sees(project):
     """README's first command, a sweep, a copy of the script, a question, settings that match no
@@ -69,7 +66,6 @@ def test_plain_things_leave_each_their_own_results_and_nothing_that_git_sees(pro
         assert (place / "figure_3_4.png").exists()
         assert len([*place.glob("records/*")]) == runs
 
-
 def test_the_page_compares_all_runs_and_shows_figures_of_the_last(
         folder, few, small_convnet, capsys):
     """One set for its seeds. --redraw makes the comparison anew from the records."""
@@ -85,7 +81,7 @@ def test_the_page_compares_all_runs_and_shows_figures_of_the_last(
             "classes.png", "curves.png", "filters.png"]
     for text in capsys.readouterr().out, page(folder):
         rows = re.findall(r"^(?:\| )?(dropout .*?|norm_flag .*?)[ |]{2,}(\d) ", text, re.MULTILINE)
-        assert rows == [("dropout 0.3", "1"), ("norm_flag True", "3")]
+        assert rows == [("dropout 0.3, norm_flag False", "1"), ("norm_flag True", "3")]
     assert {*re.findall(r"\((.*?\.png)\)", page(folder))} == {"runs.png", *second}
     cells = []
     for name in "train_accuracy", "val_accuracy", "test_accuracy":
@@ -100,7 +96,6 @@ def test_the_page_compares_all_runs_and_shows_figures_of_the_last(
     assert "![Runs](runs.png)" in page(folder)
     assert (place / "runs.png").exists()
 
-
 def test_torchrun_shares_the_runs_of_a_question(project, photos):
     """Each is done once, and nobody draws."""
     argv = [*TWO_A, f"--dataset={photos}", "--num_training=16", "--num_validation=4", "--seeds=2"]
@@ -114,7 +109,6 @@ def test_torchrun_shares_the_runs_of_a_question(project, photos):
     for title in "ConvNet, seed", "ConvNet, batch norm, seed":
         assert [done.stdout.count(f"{title} {i}: ") for i in range(3)] == [1, 1, 0]
 
-
 @pytest.mark.parametrize(("rank", "runs"), [("0", 1), ("1", 0)])
 def test_a_single_experiment_under_torchrun_leaves_its_figures(
         folder, few, small_convnet, monkeypatch, rank, runs):
@@ -123,7 +117,6 @@ def test_a_single_experiment_under_torchrun_leaves_its_figures(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert len(ex3_convnet.main(ARGV)) == runs
     assert len([*folder.glob("figures/*/*/*_curves.png")]) == runs
-
 
 @pytest.mark.parametrize("variables", [
     {"RANK": "1"}, {"RANK": ""}, {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""},
@@ -135,7 +128,6 @@ def test_variables_that_do_not_tell_a_process_its_share_change_nothing(
         monkeypatch.setenv(name, value)
     assert len(ex3_convnet.main(TWO_A)) == 2
     assert (small / "figures/synthetic-60/ex3_convnet/README.md").exists()
-
 
 def test_what_is_recorded_is_skipped_and_replaced_only_on_demand(small, capsys):
     ex3_convnet.main([*TWO_A, "--seeds=2"])
@@ -156,7 +148,6 @@ def test_what_is_recorded_is_skipped_and_replaced_only_on_demand(small, capsys):
     assert (epochs_in(out), len(records_in(small))) == (2, 6)
     assert f"of 2001-02-03: test 100.0% -> {result['test_accuracy']:.1%}" in out
 
-
 @pytest.mark.parametrize("place", ["figures", "figures/synthetic-60/ex3_convnet", "checkpoints"])
 def test_a_folder_that_cannot_be_written_is_told_before_the_training(small, capsys, place):
     """Here since a file is in its place."""
@@ -166,7 +157,6 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_training(small, caps
         ex3_convnet.main(ARGV)
     assert epochs_in(capsys.readouterr().out) == 0
     assert files_in(small).keys() <= {small / place}
-
 
 def test_a_redrawn_question_shows_the_runs_with_its_settings(small):
     """Or says which settings there are."""
@@ -183,7 +173,6 @@ def test_a_redrawn_question_shows_the_runs_with_its_settings(small):
             assert words in str(error.value)
     assert files_in(small) == before
 
-
 def test_missing_runs_of_a_question_are_named_and_what_is_there_is_drawn(small):
     ex3_convnet.main([*TWO_A, "--seeds=2"])
     for seed, words in (1, "without batch norm, seed 1"), (0, "without batch norm"):
@@ -194,7 +183,6 @@ def test_missing_runs_of_a_question_are_named_and_what_is_there_is_drawn(small):
         assert "| with batch norm |" in page(small)
     assert "| without batch norm |" not in page(small)
 
-
 def test_a_page_names_its_flags_and_shows_what_was_asked_or_compares_something(small):
     for rate, number in ("0.01", "3a"), ("0.02", "2a"), ("0.01", "2a"):
         ex3_convnet.main([*ARGV, f"--question={number}", f"--learning_rate={rate}"])
@@ -203,6 +191,12 @@ def test_a_page_names_its_flags_and_shows_what_was_asked_or_compares_something(s
         assert ("## Question 3a" in text, "## Question 1" in text) == (rate == "0.01", False)
         assert text.count("| horizontal_flip |") == (rate == "0.01")
 
+def test_a_row_that_changes_what_is_no_setting_is_a_wrong_setting(small, monkeypatch):
+    row = utils.Row("a|b", {"norm_flg": True})
+    monkeypatch.setitem(ex3_convnet.QUESTIONS, "5", utils.Question("?", [row]))
+    with pytest.raises(utils.UserError, match="^there is no setting norm_flg$") as error:
+        ex3_convnet.main([*ARGV, "--question=5"])
+    assert error.value.exit_code == 2
 
 def test_a_run_that_fails_draws_no_older_one_of_its_settings(small):
     ex3_convnet.main(ARGV)
@@ -213,7 +207,6 @@ def test_a_run_that_fails_draws_no_older_one_of_its_settings(small):
     with pytest.raises(utils.UserError, match="damaged"):
         ex3_convnet.main([*ARGV, "--resume"])
     assert not drawn.exists()
-
 
 def test_main_returns_the_records_that_it_shows(small, weights_file, capsys):
     """With keys that say what they are, a number for each epoch; not those of another seed."""
@@ -240,7 +233,6 @@ def test_main_returns_the_records_that_it_shows(small, weights_file, capsys):
         assert result["test_accuracy"] == pytest.approx(confusion.trace() / 100)
         assert result["val_accuracy"] == history["val_accuracy"][result["epoch"] - 1]
 
-
 def test_a_ninth_technique_is_a_function_and_a_row(folder, few, monkeypatch):
     """Without the report's numbers; it runs, is drawn and counts in what is the best."""
     monkeypatch.setitem(utils.AUGMENTATIONS, "negative", partial(
@@ -257,7 +249,6 @@ def test_a_ninth_technique_is_a_function_and_a_row(folder, few, monkeypatch):
     line = next(line for line in page(folder).splitlines() if "is the best technique" in line)
     assert "50.0 % against 90.0 (negative)" in line
     assert len([*folder.glob("figures/*/*/figure_6*.png")]) == 2
-
 
 def test_a_users_own_matplotlibrc_does_not_break_a_run(folder, few, small_convnet, monkeypatch):
     (folder / "matplotlibrc").write_text("text.usetex: True\nfigure.figsize: 1, 1\n")

@@ -25,7 +25,6 @@ def edit(tmp_path):
 
     return edit
 
-
 @pytest.mark.parametrize(("text", "flag", "expected"), [
     ("norm_flag = True", "--norm_flag=False", False), ("norm_flag = False", "--norm_flag", True),
     ('norm_flag = "False"', "", False), ("norm_flag = 1", "", True), ("dropout = 0", "", 0),
@@ -37,7 +36,7 @@ def edit(tmp_path):
     ("patience = None", "", 0), ("num_training = None", "--num_training=50", 50),
     ('augmentation = "horizontal_flip+rotation"', "", "horizontal_flip+rotation"),
     ('augmentation = ("rotation"\n                "+scaling")', "", "rotation+scaling"),
-    ("augmentation = None", "", "none"), ("question = 1", "", "1"),
+    ("augmentation = None", "", "none"), ("question = 1", "", "1"), ("note = None", "", "none"),
     ('results = "figures"', "--results=True", "True"), ("dropout = .3", "--dropout=0", 0),
     ("pretrained = True", "", "imagenet"), ("pretrained = False", "", "none"),
     ("pretrained = None", "", "none"), ("pretrained = False", "--pretrained=w.pth", "w.pth"),
@@ -52,7 +51,6 @@ def test_an_edit_at_the_top_is_the_new_default_and_a_flag_overrides_it(edit, tex
     with pytest.raises(SystemExit):
         utils.parse_settings(vars(script), ["--help"])
 
-
 @pytest.mark.parametrize(("value", "flag", "expected"), [
     ("3", "5", 5), ("3", "2.5", 2.5), ("0.1", "0.2", 0.2), ("False", "True", True),
     ("None", "True", True), ("'cosine'", "linear", "linear")])
@@ -64,7 +62,6 @@ def test_an_own_setting_is_a_flag_and_counts_wherever_it_stands(
     assert (settings.own, type(settings.own)) == (expected, type(expected))
     assert settings.for_identity() == {**parse().for_identity(), "own": expected}
 
-
 @pytest.mark.parametrize(("text", "is_setting"), [
     ('note = "none"\nlimits = [10, 20]', True),  # a list
     ('note = "none"\n# --- end of settings ---\nlimits = 3', False)])
@@ -75,7 +72,6 @@ def test_a_list_and_what_stands_below_the_settings_are_no_flags(edit, text, is_s
     assert ("limits" in settings.for_identity()) == is_setting
     with pytest.raises(utils.UserError, match="unrecognized arguments: --limits=3"):
         utils.parse_settings(vars(script), ["--limits=3"])
-
 
 @pytest.mark.parametrize("text", [
     "dropout = 1.5", 'dropout = "a lot"', "num_epochs = 20.5", "batch_size = 0", "seeds = None",
@@ -89,14 +85,14 @@ def test_a_wrong_setting_is_one_sentence_whatever_the_flags(edit, text):
             utils.parse_settings(vars(script), argv)
         assert error.value.exit_code == 2
 
-
-@pytest.mark.parametrize("text", ["dropout, x = 0.3, 1", "x = dropout = 0.3"])
-def test_a_setting_that_shares_its_line_is_one_sentence_and_not_ignored(edit, text):
+@pytest.mark.parametrize(("text", "words"), [
+    ("dropout, x = 0.3, 1", "dropout"), ("x = dropout = 0.3", "dropout"),
+    ("dropout = 0\nif norm_flag:\n    dropout = 0.3", "only assignments")])
+def test_a_setting_that_no_flag_could_change_is_one_sentence_and_not_ignored(edit, text, words):
     script = edit("dropout", text)
-    with pytest.raises(utils.UserError, match="^.*dropout.*$") as error:
+    with pytest.raises(utils.UserError, match=f"^.*{words}.*$") as error:
         script.main(["--redraw"])
     assert error.value.exit_code == 2
-
 
 @pytest.mark.parametrize("flag", [
     "--dropout=1", "--dropout=nan", "--dropout=a", "--dropout=", "--num_epochs=0",
@@ -113,7 +109,6 @@ def test_a_wrong_flag_is_one_sentence(folder, flag):
     assert error.value.exit_code == 2
     if "augmentation" in flag:
         assert all(name in str(error.value) for name in utils.AUGMENTATIONS)
-
 
 @pytest.mark.parametrize("script", [ex3_convnet, ex3_pretrained])
 def test_help_tells_each_setting_with_its_default(capsys, script):

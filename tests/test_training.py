@@ -18,16 +18,13 @@ from ex3_convnet import ConvNet
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
 
-
 @pytest.fixture
 def data(few, folder):
     """60 training, 20 validation and 100 test images for the convnet."""
     return utils.load_data(parse(*TINY), (0.5,) * 3, (0.5,) * 3, CPU)
 
-
 def plain_batch(data, indices):
     return (data.images[indices] / 255 - data.mean) / data.std, data.labels[indices]
-
 
 def plain_evaluate(model, data, indices):
     """Mean loss, accuracy and confusion matrix in eval mode, image by image."""
@@ -40,7 +37,6 @@ def plain_evaluate(model, data, indices):
         confusion[label, logits.argmax()] += 1
     mean = pytest.approx(np.mean(losses), rel=1e-5)
     return mean, confusion.trace().item() / len(losses), confusion.tolist()
-
 
 @pytest.mark.parametrize("dropout", [0, 0.3])
 @pytest.mark.parametrize(("norm_flag", "size"), [(False, 7_678_474), (True, 7_682_826)])
@@ -57,7 +53,6 @@ def test_layers_and_size_are_the_reports(norm_flag, size, dropout):
     assert model.layers[-1].weight.std().item() == pytest.approx(1e-3, rel=0.05)
     assert not model.layers[-1].bias.any()
 
-
 @pytest.mark.parametrize(("blocks", "size"), [(5, 32), (5, 63), (5, 64), (6, 64)])
 def test_the_network_takes_images_of_any_size_from_a_pixel_after_the_last_block_on(
         monkeypatch, blocks, size):
@@ -65,12 +60,10 @@ def test_the_network_takes_images_of_any_size_from_a_pixel_after_the_last_block_
     model = ConvNet(num_classes=2, image_size=size)
     assert model(torch.zeros(3, 3, size, size)).shape == (3, 2)
 
-
 def test_a_sixth_block_asks_for_larger_images(small, monkeypatch):
     monkeypatch.setattr(ex3_convnet, "CHANNELS", (8,) * 6)
     with pytest.raises(utils.UserError, match="^6 blocks .*--image_size=64$"):
         ex3_convnet.main(TINY)
-
 
 def test_a_run_shows_its_summary_which_changes_nothing(small, capsys):
     """The same run as one of a question, which shows none, has the same numbers."""
@@ -79,7 +72,6 @@ def test_a_run_shows_its_summary_which_changes_nothing(small, capsys):
     *_, of_question = ex3_convnet.main([*TINY, "--question=2a", "--rerun"])
     assert "Trainable params" not in capsys.readouterr().out
     assert comparable(of_question) == comparable(record)
-
 
 @pytest.mark.parametrize(("count", "sizes"), [(10, [4, 4, 2]), (9, [4, 5]), (1, [1]), (4, [4])])
 def test_shuffled_batches_hold_every_image_once_and_no_last_one_is_alone(data, count, sizes):
@@ -97,7 +89,6 @@ def test_shuffled_batches_hold_every_image_once_and_no_last_one_is_alone(data, c
     if count > 4:
         assert labels_of(seed=1) != batches
 
-
 def test_without_shuffling_the_order_stays_and_a_last_one_may_be_alone(data):
     """And images are augmented before they are normalized."""
     expected, expected_labels = plain_batch(data, torch.arange(9))
@@ -110,7 +101,6 @@ def test_without_shuffling_the_order_stays_and_a_last_one_may_be_alone(data):
     alone = data.batches(torch.arange(3), 1, torch.Generator())  # a size that is asked for
     assert [len(labels) for _, labels in alone] == [1, 1, 1]
 
-
 def test_what_is_random_in_an_epoch_depends_on_seed_and_epoch_only():
     """The order, the augmentation of both sets and PyTorch's own numbers, as for dropout."""
     found = []
@@ -120,13 +110,11 @@ def test_what_is_random_in_an_epoch_depends_on_seed_and_epoch_only():
     assert found[0] == found[1]
     assert len({*sum(found, [])}) == 4 * 4
 
-
 def test_a_run_is_that_of_its_seed_whatever_ran_before(small):
     argv = [*TINY, "--dropout=0.2", "--augmentation=rotation"]
     several = ex3_convnet.main([*argv, "--seeds=2"])
     assert comparable(ex3_convnet.main([*argv, "--seed=1"])) == comparable(several[1:])
     assert several[0]["history"]["train_loss"] != several[1]["history"]["train_loss"]
-
 
 def test_a_run_equals_a_plain_loop(small, data):
     """With batches of 25, 25 and 10 images: the means count images, not batches."""
@@ -159,7 +147,6 @@ def test_a_run_equals_a_plain_loop(small, data):
     _, accuracy, confusion = plain_evaluate(model, data, torch.arange(80, 180))
     assert (record["result"]["test_accuracy"], record["confusion"]) == (accuracy, confusion)
 
-
 def test_float16_scales_the_loss_and_skips_a_step_that_overflows(small, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**21))
     ex3_convnet.main([*TINY, "--precision=float16", "--norm_flag"])
@@ -168,7 +155,6 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows(small, monkeypa
     assert 0 < steps < 2 * 3
     assert state["scaler"]["scale"] == 2.0**(21 - (2 * 3 - steps))
     assert all(weight.isfinite().all() for weight in state["model"].values())
-
 
 def test_precise_bn_takes_the_mean_statistics_of_plain_batches_with_dropout_off(few):
     """Of two batches, by hand: the mean of the means and of the unbiased variances."""
@@ -190,7 +176,6 @@ def test_precise_bn_takes_the_mean_statistics_of_plain_batches_with_dropout_off(
     torch.testing.assert_close(model[2].running_var, variances.mean(0), rtol=1e-4, atol=1e-6)
     assert model[3].running_mean.abs().max() < 1e-4  # it sees what the first has normalized
     torch.testing.assert_close(model[3].running_var, torch.ones(3), rtol=5e-3, atol=0)
-
 
 @pytest.mark.parametrize(("script", "argv", "trained"), [
     (ex3_convnet, ["--norm_flag", "--dropout=0.5"], "layers"),
@@ -216,7 +201,6 @@ def test_precise_bn_is_that_of_the_layers_that_train_and_is_told(
     told = re.search(r"ith precise BN: validation (\S+)%, test (\S+)%", capsys.readouterr().out)
     assert [float(number) for number in told.groups()] == pytest.approx(
         [100 * value for value in expected.values()])
-
 
 @pytest.mark.parametrize(("script", "argv"), [
     (ex3_convnet, []), (ex3_pretrained, ["--pretrained=none", "--augmentation=none"])])
@@ -248,7 +232,6 @@ def test_a_run_reports_its_first_best_epoch_and_ends_after_its_patience(
     assert tested == [(best, result["test_accuracy"]), (epochs, result["latest_test_accuracy"])]
     assert np.trace(record["confusion"]) == round(100 * result["test_accuracy"])
 
-
 def test_of_many_test_images_the_first_thousand_count_apart(small_convnet, data):
     """And the wrong ones of which the network is surest are named."""
     torch.manual_seed(0)
@@ -267,7 +250,6 @@ def test_of_many_test_images_the_first_thousand_count_apart(small_convnet, data)
         assert taken_for == predicted[position] != labels[position]
         assert probability == pytest.approx(probabilities[position].item())
 
-
 @pytest.mark.parametrize(("dogs", "told"), [(9, True), (8, False)])
 def test_where_classes_differ_by_more_than_a_factor_of_two_the_mean_over_them_is_told(
         small, capsys, tmp_path, dogs, told):
@@ -280,7 +262,6 @@ def test_where_classes_differ_by_more_than_a_factor_of_two_the_mean_over_them_is
     assert bool(mean) == told
     if told:
         assert float(mean[1]) == pytest.approx(50 * (cats_right / 4 + dogs_right / 9), abs=0.05)
-
 
 @pytest.mark.parametrize("name", ["train_one_epoch", "evaluate"])
 def test_a_run_that_diverges_leaves_neither_record_nor_checkpoint_and_the_others_go_on(

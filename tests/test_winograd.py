@@ -17,7 +17,6 @@ import utils
 def _on_a_cpu_where_it_pays(monkeypatch):
     monkeypatch.setattr(utils, "winograd_pays", lambda device: device.type == "cpu")
 
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("batch", "height", "width"), [
@@ -41,19 +40,16 @@ def test_results_and_gradients_are_those_of_pytorchs_convolution(
     expected = torch.autograd.grad(theirs, inputs, upstream)
     torch.testing.assert_close(gradients, expected, rtol=1e-10, atol=1e-10)
 
-
 def test_its_gradients_are_those_of_finite_differences():
     torch.manual_seed(0)
     sizes = [(2, 3, 5, 6), (2, 3, 3, 3), (2,)]
     inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
     assert torch.autograd.gradcheck(utils.winograd_conv2d, inputs)
 
-
 def results(layer, images):
     """What a layer makes of images, without gradients."""
     with torch.inference_mode():
         return layer(images)
-
 
 def changes(layer, size):
     """Whether use_winograd changes the last digits of a layer's results; the first ones must not
@@ -65,13 +61,11 @@ def changes(layer, size):
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     return not torch.equal(after, before)
 
-
 @pytest.mark.parametrize(("height", "width", "expected"), [
     (4, 4, True), (9, 14, True), (3, 9, False), (9, 3, False)])
 def test_a_convolution_of_128_channels_is_computed_by_winograd_from_4_pixels_on(
         height, width, expected):
     assert changes(nn.Conv2d(128, 16, 3, padding=1), (2, 128, height, width)) == expected
-
 
 @pytest.mark.parametrize("options", [
     {"padding": 0}, {"padding": 2}, {"padding": (1, 0)}, {"padding": 1, "stride": 2},
@@ -83,7 +77,6 @@ def test_another_convolution_stays_direct(options):
     layer = nn.Conv2d(**{"in_channels": 128, "out_channels": 16, "kernel_size": 3, **options})
     assert not changes(layer, (2, layer.in_channels, 8, 9))
 
-
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", True), ("bfloat16", False)])
 def test_a_network_is_prepared_with_it_in_float32_only(dtype, expected):
     layer = nn.Conv2d(128, 16, 3, padding=1).to(memory_format=torch.channels_last)
@@ -91,7 +84,6 @@ def test_a_network_is_prepared_with_it_in_float32_only(dtype, expected):
     before = results(layer, images)
     utils.prepare_model(layer, parse(), getattr(torch, dtype))
     assert torch.equal(results(layer, images), before) is not expected
-
 
 def test_a_copy_computes_with_its_own_weights():
     model = nn.Sequential(nn.Conv2d(128, 16, 3, padding=1))
@@ -104,7 +96,6 @@ def test_a_copy_computes_with_its_own_weights():
     torch.testing.assert_close(results(other, images), expected.detach(), rtol=1e-4, atol=1e-3)
     assert torch.equal(results(model, images), before)
 
-
 def test_neither_the_state_dict_nor_the_description_of_the_layers_changes():
     model = ex3_convnet.ConvNet(norm_flag=True)
     layers = utils.describe_layers(model)
@@ -115,7 +106,6 @@ def test_neither_the_state_dict_nor_the_description_of_the_layers_changes():
     for name, values in model.state_dict().items():
         assert torch.equal(values, state[name])
 
-
 def test_the_convnet_trains_with_it_as_without(folder, few, no_figures, monkeypatch):
     monkeypatch.setattr(ex3_convnet, "CHANNELS", (128, 128, 128, 128, 8))  # 2x2 pixels at last
     losses = []
@@ -125,7 +115,6 @@ def test_the_convnet_trains_with_it_as_without(folder, few, no_figures, monkeypa
         losses.append(record["history"]["train_loss"])
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
-
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="there is no C++ compiler")
 def test_a_compiled_network_computes_the_same():
