@@ -1,6 +1,12 @@
-"""What ex3_convnet.py and ex3_pretrained.py share: data, augmentation, training, early stopping and
-checkpoints, runs and records, comparing runs, figures, the report's questions and tables, the
-report's conclusions, settings, running a script, prediction, device; in this order."""
+"""What ex3_convnet.py and ex3_pretrained.py share, in the order in which a reader may ask: data,
+augmentation, training, early stopping and checkpoints, runs and records, comparing runs, figures,
+the report's questions and conclusions, settings, running a script, prediction, device.
+
+A run is one training; it leaves a record, a JSON file. All that decides the numbers of a run except
+its seed is its identity; a digest of the identity is part of the names of its files. Runs with the
+same identity are an experiment. A question of the report has rows, each of which is an experiment,
+and a claim compares rows.
+"""
 
 import argparse
 import ast
@@ -128,6 +134,11 @@ class Batches:
 
 DATA_NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # all others are folders of images
 
+def is_image_folder(name):
+    """Whether this is the name of a folder of images. None of them is called as in DATA_NAMES: see
+    read_image_folder."""
+    return name not in DATA_NAMES.values()
+
 def load_data(settings, mean, std, device):
     """Read the data set that the settings name, and split it into training, validation and test
     images. Returns Data; raises UserError.
@@ -138,7 +149,7 @@ def load_data(settings, mean, std, device):
     name, classes, images, labels, sizes = read_data(settings)
     digest = hashlib.sha256(images.tobytes())
     digest.update(labels.tobytes())
-    if name not in DATA_NAMES.values():  # one's own classes may be renamed
+    if is_image_folder(name):  # its classes may be renamed
         digest.update(repr(classes).encode())
     num_not_test = sizes["train"] + sizes["val"]
     num_val = settings.num_validation or sizes["val"]
@@ -163,7 +174,7 @@ def per_channel(numbers, device):
 def data_slug(name, fingerprint):
     """A data set's part of a folder's name: cifar-10 or, since two folders of images may have the
     same name, photos-12ab with a hash."""
-    return slug(name) if name in DATA_NAMES.values() else f"{slug(name)}-{fingerprint[:4]}"
+    return f"{slug(name)}-{fingerprint[:4]}" if is_image_folder(name) else slug(name)
 
 def results_folder(settings, name, fingerprint=""):
     """The folder of a script's results, in cifar-10 or, with 500 training images, cifar-10-500."""
@@ -268,7 +279,7 @@ def read_image_folder(folder, size):
     if repeated:
         print(f"{len(repeated):,} of {len(val + test):,} validation and test images are in the "
               "training set, too: the accuracy on them says nothing about new images")
-    name = f"{folder.name} (folder)" if folder.name in DATA_NAMES.values() else folder.name
+    name = folder.name if is_image_folder(folder.name) else f"{folder.name} (folder)"
     sizes = {"train": len(train), "val": len(val), "test": len(test)}
     return name, classes, images, np.array(labels), sizes
 
