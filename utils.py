@@ -811,7 +811,8 @@ class Run:
             "identity": identity, "settings": settings.for_record(),
             "device": describe_device(data.images.device),
             "precision": str(dtype).removeprefix("torch."), "compile": settings.compile,
-            "torch": str(torch.__version__), "commit": git_commit(f"{settings.script}.py")}
+            "torch": str(torch.__version__), "commit": git_commit(f"{settings.script}.py"),
+            "code": settings.code}
 
     def is_recorded(self):
         """Whether a question can skip this run, as its record is there; prints it."""
@@ -1011,7 +1012,8 @@ def load_record(path):
         raise UserError(f"{path} is left out: it is damaged or not a record") from error
     return dict(record, name=path.stem, digest=digest_of(record["identity"]))
 
-NOT_IN_OLDER_RECORDS = {"note": "none", "mistakes": [], "commit": "", "pretrained": "none"}
+NOT_IN_OLDER_RECORDS = {"note": "none", "mistakes": [], "commit": "", "code": "",
+                        "pretrained": "none"}
 
 def check_record(record):
     """Raise an exception if a part of a record is missing or wrong."""
@@ -1316,9 +1318,9 @@ def caption(records):
     parts = [" or ".join(values) for values in columns if 0 < len(values) <= 4]
     runs = {(record["digest"], record["seed"]) for record in records}
     parts.append(plural(len(runs), "run") if len(runs) > 1 else f"seed {records[0]['seed']}")
-    commits = {record["commit"] for record in records}
-    if len(commits) > 1:
-        parts.append(f"{len(commits)} versions of the code")
+    versions = {(record["commit"], record["code"]) for record in records}
+    if len(versions) > 1:
+        parts.append(f"{len(versions)} versions of the code")
     return ", ".join(parts)
 
 def drawable(text):
@@ -1596,7 +1598,8 @@ class Question:
         for name in sorted(settings.given):
             if all(name in row.changes for row in self.rows):
                 return f'--{name} has no effect on the question "{self.text}": each row sets it'
-        rows = self.settings_of_rows(settings).values()
+        rows = [(row.for_identity(), row.pretrained, row.precision)
+                for row in self.settings_of_rows(settings).values()]
         if len(without_repeats(rows)) < len(self.rows):
             return f'with these flags, runs of the question "{self.text}" are identical'
         return None
@@ -1982,9 +1985,9 @@ NOT_IN_IDENTITY = {
     "redraw", "checkpoint", "predict", "note"}  # change results by rounding errors at most
 
 class Settings(argparse.Namespace):
-    """The settings of a run. Three attributes are not settings: `script`, the script's name;
-    `given`, the names of the settings on the command line; `identity_names`, of those that decide
-    what a run computes."""
+    """The settings of a run. Four attributes are not settings: `script`, the script's name; `code`,
+    a hash of the code below the settings; `given`, the names of the settings on the command line;
+    `identity_names`, of those that decide what a run computes."""
 
     def replace(self, **changes):
         """A copy with some of them changed. Raises UserError for a name that is no setting."""
@@ -2008,7 +2011,9 @@ def parse_settings(script, argv=None):
     """The Settings of a script (its globals()), overridden by the flags in argv (None: those of the
     command line, if the script is run). Raises UserError (exit code 2)."""
     path = Path(script["__file__"])
-    comments = find_settings(path.read_text(encoding="utf-8-sig"))
+    top, _, code = path.read_text(encoding="utf-8-sig").partition("# --- end of settings")
+    code += Path(__file__).read_text(encoding="utf-8")
+    comments = find_settings(top)
     parser = Parser(
         path.name, "%(prog)s [--flag=value ...]", script["__doc__"], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
@@ -2028,6 +2033,7 @@ def parse_settings(script, argv=None):
     given = vars(parser.parse_args(argv))
     values.update(given)
     return Settings(**values, script=path.stem, given=set(given),
+                    code=hashlib.sha256(code.encode()).hexdigest()[:8],
                     identity_names=sorted(comments.keys() - NOT_IN_IDENTITY))
 
 class Parser(argparse.ArgumentParser):
@@ -2036,9 +2042,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise WrongSetting(f"{message} (--help lists the settings)")
 
-def find_settings(source):
-    """The settings at the top of a script, {name: comment}. Raises UserError."""
-    top = source.partition("# --- end of settings")[0]
+def find_settings(top):
+    """The settings in the top of a script, {name: comment}. Raises UserError."""
     comments = {}
     for node in ast.parse(top).body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -2239,6 +2244,8 @@ def predict(settings, build_model, device):
     state = load_checkpoint(settings.checkpoint)
     model = build_trained_model(state, settings, build_model)
     classes, identity = state["classes"], state["identity"]
+    if state.get("code") != settings.code:
+        print("The code has changed since this network was trained: predictions may differ")
     root = Path(settings.predict).resolve()
     if not root.exists():
         raise UserError(f"there is no file or folder {root}")

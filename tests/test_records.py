@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY, parse, random_weights, records_in, tiny_features, vgg_features
+from PIL import Image
 
 import ex3_convnet
 import ex3_pretrained
@@ -241,6 +242,29 @@ def test_a_network_without_convolutions_is_recorded_too(folder, few):
               "self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))")
     assert len(edited(folder, linear).main(ARGV)) == 1
     assert len([*folder.glob("figures/*/*/*_classes.png")]) == 1
+
+def test_seeds_of_edited_code_are_called_versions_of_it_whatever_git_knows(small, capsys):
+    """Nor does a prediction by other code pass without a word; an edit of a setting is no such."""
+    edited(small).main(ARGV)
+    forward = ("return self.layers(images)", "return -self.layers(images)")
+    edited(small, forward).main([*ARGV, "--seed=1"])
+    assert ", 2 runs, 2 versions of the code." in page(small)
+    file, = small.glob("checkpoints/*seed0/*")
+    image = small / "image.png"
+    Image.new("RGB", (32, 32)).save(image)
+    argv = [f"--checkpoint={file}", f"--predict={image}"]
+    for edits, told in ([], 0), ([("dropout = 0 ", "dropout = .1 ")], 0), ([forward], 1):
+        capsys.readouterr()
+        edited(small, *edits).main(argv)
+        assert capsys.readouterr().out.count("code has changed") == told
+
+@pytest.mark.parametrize("rows", [[{"seed": 0}, {"seed": 1}], [{}, {"note": "x"}]])
+def test_rows_that_compute_the_same_are_a_wrong_setting(small, monkeypatch, rows):
+    rows = [utils.Row(f"row {i}", changes) for i, changes in enumerate(rows)]
+    monkeypatch.setitem(ex3_convnet.QUESTIONS, "5", utils.Question("?", rows))
+    with pytest.raises(utils.UserError, match="are identical$") as error:
+        ex3_convnet.main([*ARGV, "--question=5"])
+    assert error.value.exit_code == 2
 
 @pytest.mark.parametrize("name", ["utils", "ex3_convnet", "ex3_pretrained"])
 def test_nothing_is_checked_by_an_assert_which_python_o_leaves_out(name):

@@ -140,6 +140,7 @@ def test_what_is_recorded_is_skipped_and_replaced_only_on_demand(small, capsys):
         (f"{i + 1} of 6", f"ConvNet{', batch norm' * (i > 2)}, seed {i % 3}") for i in range(6)]
     assert first.items() <= files_in(small).items()
     assert "replaces the record" not in out
+    assert out.count("(--rerun trains it again") == 4
     path, = small.glob("figures/*/*/records/convnet_*seed0.json")
     result = json.loads(path.read_text())["result"]
     change(path, result={**result, "test_accuracy": 1}, finished="2001-02-03T00:00:00+00:00")

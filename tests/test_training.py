@@ -275,3 +275,13 @@ def test_a_run_that_diverges_leaves_neither_record_nor_checkpoint_and_the_others
     assert error.value.exit_code == 1
     assert [record["seed"] for record in records_in(small)] == [1]
     assert len(checkpoints_in(small)) == 1
+
+def test_a_run_that_diverges_under_torchrun_is_told_at_the_end_and_ends_no_other_process(
+        small, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(utils, "train_one_epoch", lambda *_: (float("nan"), 0.1))
+    assert ex3_convnet.main([*TINY, "--question=2a"]) == []
+    *_, diverged, last = capsys.readouterr().out.splitlines()
+    assert diverged.startswith("ConvNet, seed 0, diverged in epoch 1")
+    assert "--redraw" in last
