@@ -158,8 +158,8 @@ def test_an_early_stop_is_marked_only_where_a_run_has_stopped(folder, figures):
 
 def test_ten_panels_in_three_columns_have_the_epochs_below_each_column():
     _, axes = utils.new_figure(10, 3, 2, 2, sharex=True, sharey=True)
-    labelled = [axis.xaxis.get_tick_params()["labelbottom"] for axis in axes]
-    assert labelled[-3:] == [True] * 3
+    for axis in axes[-3:]:
+        assert axis.xaxis.get_major_ticks()[0].label1.get_visible()
 
 def test_a_flat_loss_is_not_on_the_frame_and_other_data_fill_the_zoom(folder, figures):
     records = published("ConvNet, batch norm")[:1]
