@@ -1634,16 +1634,18 @@ def plan_runs(settings, questions):
 def find_results(settings, questions, records, trained):
     """The results with these settings, for the question asked and for all others that have some.
     Where several experiments fit a row, one is chosen. trained: the records of the runs that were
-    just trained. Prints which records are left out. Raises UserError if the question has none."""
-    results = {}
+    just trained. Prints what is chosen and left out. Raises UserError if the question has none."""
+    results, sentences = {}, []
     for number, question in questions.items():
         if question.conflict(settings):  # these flags are not meant for this question
             continue
         for name, row in question.settings_of_rows(settings).items():
             experiments = group_experiments([record for record in records if fits(record, row)])
             if experiments:
-                chosen = choose_experiment(list(experiments.values()), trained)
-                results.setdefault(number, {})[name] = chosen
+                chosen = choose_experiment(experiments, trained)
+                results.setdefault(number, {})[name] = experiments[chosen]
+            if len(experiments) > 1:
+                sentences.append(f"{name}: of {list_experiments(experiments)} {chosen} is shown")
     if not results or settings.question not in ("all", *results):
         raise UserError("no record has these settings; there are: "
                         f"{list_experiments(group_experiments(records))}")
@@ -1651,7 +1653,10 @@ def find_results(settings, questions, records, trained):
     left_out = {name: group for name, group in group_experiments(records).items()
                 if group[0]["digest"] not in shown}
     if left_out:
-        print(f"Left out: {list_experiments(left_out)} (--redraw without a question shows all)")
+        sentences.append(f"Left out: {list_experiments(left_out)} (--redraw without a question "
+                         "shows all)")
+    for sentence in without_repeats(sentences):
+        print(sentence)
     return results
 
 def fits(record, settings):
@@ -1669,14 +1674,14 @@ def fits(record, settings):
     return settings.precision == "auto" or settings.precision == identity.get("precision")
 
 def choose_experiment(experiments, trained):
-    """Of several experiments (lists of records) the one that was just trained, or else the one with
-    the most seeds; if several have as many, the latest."""
+    """The name of the experiment that was just trained, or else of the one with the most seeds; if
+    several have as many, of the latest of them."""
     just_trained = {record["digest"] for record in trained}
-    for records in experiments:
+    for name, records in experiments.items():
         if records[0]["digest"] in just_trained:
-            return records
-    return max(experiments, key=lambda records: (
-        len(records), max(record["finished"] for record in records)))
+            return name
+    most_seeds = max(len(records) for records in experiments.values())
+    return [name for name, records in experiments.items() if len(records) == most_seeds][-1]
 
 def list_experiments(experiments):
     """The names of experiments with their numbers of seeds, as a text."""

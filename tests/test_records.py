@@ -185,7 +185,10 @@ def test_of_two_networks_with_the_same_settings_one_is_shown_and_the_other_named
     for record in ex3_convnet.main(argv):
         classes = {layer["class"] for layer in record["identity"]["layers"]}
         assert {"GELU", "ReLU"} & classes == {shown}
-    line, = re.findall("^Left out: .*", capsys.readouterr().out, re.MULTILINE)
+    out = capsys.readouterr().out
+    chosen = re.findall(r"^with.* batch norm: of .* (layers\.\d: \w+) is shown$", out, re.MULTILINE)
+    assert [name.split()[1] for name in chosen] == [shown, shown]
+    line, = re.findall("^Left out: .*", out, re.MULTILINE)
     assert len(re.findall(r"layers..: [GR]ELU \(. seeds\)", line, re.IGNORECASE)) == 2
     assert f": {shown} " not in line
 
