@@ -409,10 +409,8 @@ def draw_curves_of_rates(axis, rows, key, label):
     for rate in sorted(rows):
         curve = utils.mean_curve([utils.curve_of(record, key) for record in rows[rate]])
         utils.draw_curve(axis, curve, 1.4, color=colormap(rate), label=f"{rate:g}")
-    axis.set(xlabel="epoch", ylabel="accuracy (%)", title=f"{label}, mean of the seeds",
-             ylim=(0, 101))
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(True)
+    axis.set(title=f"{label}, mean of the seeds", ylim=(0, 101))
+    utils.label_epochs(axis, "accuracy (%)")
 
 
 # ============================================= main =============================================

@@ -325,7 +325,7 @@ def report_unused_images(folder, used):
     unused = [path for path in sorted(folder.rglob("*")) if path.resolve() not in used
               and path.suffix.lower() in Image.registered_extensions() and path.is_file()]
     if unused:
-        places = list(dict.fromkeys(str(path.parent.relative_to(folder)) for path in unused))
+        places = without_repeats(str(path.parent.relative_to(folder)) for path in unused)
         more = f" and {len(places) - 5} more" if len(places) > 5 else ""
         print(f"Not used: {plural(len(unused), 'image')} of {folder}, in {', '.join(places[:5])}"
               f"{more}")
@@ -1211,7 +1211,7 @@ def mean_and_deviation(numbers, digits=1):
 
 def markdown_table(rows):
     """Rows {heading: text} as lines of Markdown."""
-    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    lines = [f"| {' | '.join(rows[0])} |", f"|{'|'.join('---' for heading in rows[0])}|"]
     for row in rows:
         cells = [text.replace("|", "\\|") for text in row.values()]
         lines.append(f"| {' | '.join(cells)} |")
@@ -1422,7 +1422,11 @@ def draw_curves(axis, records, quantity, augmented=False):
         if best is not None:
             axis.plot(best, curve_of(record, f"val_{quantity}")[best - 1], "*k", markersize=10,
                       label="best epoch")
-    axis.set(xlabel="epoch", ylabel="accuracy (%)" if quantity == "accuracy" else quantity)
+    label_epochs(axis, "accuracy (%)" if quantity == "accuracy" else quantity)
+
+def label_epochs(axis, ylabel):
+    """Label the axes of curves over the epochs, which are whole numbers."""
+    axis.set(xlabel="epoch", ylabel=ylabel)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.grid(True)
 
@@ -1496,9 +1500,7 @@ def plot_runs(experiments, path, script):
             draw_curve(left, curve, 0.7, color=color)
         label = textwrap.fill(drawable(name), 130)
         draw_curve(left, mean_curve(curves), 2.4, color=color, label=label)
-    left.set(xlabel="epoch", ylabel="validation accuracy (%)")
-    left.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    left.grid(True)
+    label_epochs(left, "validation accuracy (%)")
     figure.legend(loc="outside lower left", fontsize=9)
     draw_dots(right, [plural(len(records), "seed") for records in rows], rows, COLORS)
     title = f"Runs of {script}.py"
@@ -1535,9 +1537,8 @@ def plot_conclusions(verdicts, path, with_report):
     for y, verdict in enumerate(verdicts):
         claim, difference = verdict.claim, verdict.difference
         color = colors.get(verdict.outcome, "0.4")
-        for limit in claim.above, claim.below:
-            if math.isfinite(limit) and limit != 0:
-                axis.barh(y, limit, height=1, color="0.9", label="tolerance")
+        for limit in claim.tolerances():
+            axis.barh(y, limit, height=1, color="0.9", label="tolerance")
         if difference.low is None:
             axis.plot(difference.mean, y, "o", color=color, markerfacecolor="white")
         else:
@@ -1780,6 +1781,11 @@ class Claim:
     report: str = ""  # its numbers, in words
     report_difference: float | None = None  # in points
 
+    def tolerances(self):
+        """The limits that are given and not 0, in points."""
+        return [limit for limit in (self.above, self.below)
+                if math.isfinite(limit) and limit != 0]
+
 @dataclass
 class Difference:
     """The difference of two means and the ends of its confidence interval, in points of accuracy;
@@ -1893,7 +1899,7 @@ def sample_of(row, key, question, results):
     such row, of another one."""
     for rows in (results.get(question, {}), *results.values()):
         if row in rows:
-            return {record["seed"]: 100 * record["result"][key] for record in rows[row]
+            return {record["seed"]: scale_of(key) * record["result"][key] for record in rows[row]
                     if record["result"].get(key) is not None}
     return {}
 
@@ -1906,10 +1912,8 @@ def claim_line(verdict, with_report):
     rival = f" ({verdict.rival})" if len(claim.rivals) > 1 else ""
     text = (f"- {mark} **{claim.text}: {verdict.outcome}.** {ours:.1f} % against {theirs:.1f}"
             f"{rival}, difference {verdict.difference}")
-    tolerances = [abs(limit) for limit in (claim.above, claim.below)
-                  if math.isfinite(limit) and limit != 0]
-    if tolerances:
-        text += f", tolerance {max(tolerances):g}"
+    if claim.tolerances():
+        text += f", tolerance {max(map(abs, claim.tolerances())):g}"
     text += f"; {verdict.seeds}."
     if claim.report and with_report:
         text += f" Report: {claim.report}."
