@@ -2379,33 +2379,39 @@ def prepare_model(model, settings, dtype):
     """Optimize a network for its device, in place."""
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
-    if dtype == torch.float32 and winograd_pays(device):
+    if dtype == torch.float32 and device.type == "cpu":
         use_winograd(model)
     if settings.compile:
         torch._dynamo.config.cache_size_limit = 64  # all runs of a question compile the same code
         model.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
 
-def winograd_pays(device):
-    """Whether winograd_conv2d is faster: with AVX2 1.3 to 2 times, but not with AVX512."""
-    return device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-
 def use_winograd(model):
-    """Let the 3x3 convolutions of a network use winograd_conv2d, in place, where it pays:
-    with 128 channels or more, and at least one whole tile of 4x4 pixels."""
-    def forward(layer, images):
-        if min(images.shape[2:]) < 4:
-            return F.conv2d(images, layer.weight, layer.bias, padding=1)
-        return winograd_conv2d(images, layer.weight, layer.bias)
-
-    for layer in model.modules():
+    """Replace the 3x3 convolutions of a network, in place, by WinogradConv2d where that is faster:
+    with 64 channels or more."""
+    for name, layer in model.named_children():
         if (type(layer) is nn.Conv2d and layer.kernel_size == (3, 3) and layer.groups == 1
                 and layer.stride == layer.padding == layer.dilation == (1, 1)
-                and layer.padding_mode == "zeros" and layer.in_channels >= 128):
-            layer.forward = partial(forward, layer)  # replaces the method of its class
+                and layer.padding_mode == "zeros" and layer.in_channels >= 64):
+            setattr(model, name, WinogradConv2d(layer))
+        else:
+            use_winograd(layer)
 
-# Winograd's F(4x4, 3x3), in one dimension: four outputs of a kernel of three weights come from six
-# inputs by six products instead of twelve. The matrices are B^T, G and A^T of Lavin and Gray, arXiv
-# 1509.09308: output = A^T [(G kernel) * (B^T input)].
+class WinogradConv2d(nn.Module):
+    """Computes the same as a 3x3 convolution with padding 1, whose weights it shares."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.weight = convolution.weight
+        self.bias = convolution.bias
+
+    def forward(self, images):
+        if min(images.shape[2:]) < 4:  # smaller than a tile
+            return F.conv2d(images, self.weight, self.bias, padding=1)
+        return winograd_conv2d(images, self.weight, self.bias)
+
+# Winograd's F(4x4, 3x3). In one dimension, four outputs of a kernel of three weights come from six
+# inputs by six products instead of twelve: output = A^T [(G kernel) * (B^T input)], with these
+# matrices of Lavin and Gray, arXiv 1509.09308.
 B_T = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
        [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
 G = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
@@ -2418,21 +2424,29 @@ def winograd_conv2d(images, weight, bias):
     input by 36 products instead of 144. Its error is as small as that of F.conv2d."""
     batch, channels, height, width = images.shape
     rows, columns = math.ceil(height / 4), math.ceil(width / 4)  # of tiles
-    # In two dimensions a matrix works on both sides of a tile, B^T tile B; on a tile as a column of
-    # 36 numbers that is one product with the Kronecker product of the matrix with itself.
-    matrices = [images.new_tensor(matrix) for matrix in (B_T, G, A_T)]
-    to_input, to_kernel, to_output = (torch.kron(matrix, matrix) for matrix in matrices)
-    border = (0, 0, 1, 4 * columns - width + 1, 1, 4 * rows - height + 1)
-    padded = F.pad(images.permute(0, 2, 3, 1), border)
-    tiles = padded.unfold(1, 6, 4).unfold(2, 6, 4)  # (B, rows, columns, C, 6, 6): they overlap
-    tiles = to_input @ tiles.permute(4, 5, 0, 1, 2, 3).reshape(36, -1)
-    kernels = to_kernel @ weight.permute(2, 3, 1, 0).reshape(9, -1)
+    b_t, g, a_t = (images.new_tensor(matrix) for matrix in (B_T, G, A_T))
+    # First the tiles of the input, along the width and then along the height.
+    tiles = transform_of_tiles(b_t, columns, width) @ images.permute(0, 2, 3, 1)
+    tiles = transform_of_tiles(b_t, rows, height) @ tiles.flatten(2)
+    tiles = tiles.view(batch, rows, 6, columns, 6, channels).permute(2, 4, 0, 1, 3, 5)
+    # On a 3x3 kernel as a column of nine numbers, G from both sides is one product with a matrix of
+    # 36x9, the Kronecker product of G with itself. The same holds for A^T below.
+    kernels = torch.kron(g, g) @ weight.permute(2, 3, 1, 0).reshape(9, -1)
     # For each of the 36 numbers: products of all tiles with all kernels, summed over the channels.
-    products = tiles.view(36, -1, channels) @ kernels.view(36, channels, -1)
-    result = (to_output @ products.view(36, -1)).view(4, 4, batch, rows, columns, -1)
-    result = result.permute(2, 3, 0, 4, 1, 5).reshape(batch, 4 * rows, 4 * columns, -1)
-    result = result[:, :height, :width].permute(0, 3, 1, 2)
-    return result if bias is None else result + bias.view(-1, 1, 1)
+    products = tiles.reshape(36, -1, channels) @ kernels.view(36, channels, -1)
+    output = torch.kron(a_t, a_t) @ products.transpose(0, 1)  # (tiles, 16, K)
+    output = output.view(batch, rows, columns, 4, 4, -1).transpose(2, 3)
+    output = output.reshape(batch, 4 * rows, 4 * columns, -1)[:, :height, :width]
+    output = output.permute(0, 3, 1, 2)
+    return output if bias is None else output + bias.view(-1, 1, 1)
+
+def transform_of_tiles(b_t, count, size):
+    """The matrix (6 count, size) that applies B^T to each of `count` tiles of a line of pixels. The
+    tiles overlap by two pixels; the first and the last reach into the padding."""
+    matrix = b_t.new_zeros(count, 6, 4 * count + 2)
+    for i in range(count):
+        matrix[i, :, 4 * i:4 * i + 6] = b_t
+    return matrix[:, :, 1:1 + size].flatten(0, 1)  # without the padding, which is zero
 
 def keep_freed_memory():
     """Let glibc, the C library of Linux, keep the memory of freed tensors: fetching it again from

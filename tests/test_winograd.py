@@ -13,10 +13,6 @@ import ex3_convnet
 import utils
 
 
-@pytest.fixture(autouse=True)
-def _on_a_cpu_where_it_pays(monkeypatch):
-    monkeypatch.setattr(utils, "winograd_pays", lambda device: device.type == "cpu")
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("batch", "height", "width"), [
@@ -56,39 +52,40 @@ def changes(layer, size):
     change."""
     images = torch.randn(size, generator=torch.Generator().manual_seed(0))
     before = results(layer, images)
-    utils.use_winograd(layer)
-    after = results(layer, images)
+    model = nn.Sequential(layer)
+    utils.use_winograd(model)
+    after = results(model, images)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     return not torch.equal(after, before)
 
 @pytest.mark.parametrize(("height", "width", "expected"), [
     (4, 4, True), (9, 14, True), (3, 9, False), (9, 3, False)])
-def test_a_convolution_of_128_channels_is_computed_by_winograd_from_4_pixels_on(
+def test_a_convolution_of_64_channels_is_computed_by_winograd_from_4_pixels_on(
         height, width, expected):
-    assert changes(nn.Conv2d(128, 16, 3, padding=1), (2, 128, height, width)) == expected
+    assert changes(nn.Conv2d(64, 16, 3, padding=1), (2, 64, height, width)) == expected
 
 @pytest.mark.parametrize("options", [
     {"padding": 0}, {"padding": 2}, {"padding": (1, 0)}, {"padding": 1, "stride": 2},
     {"padding": 1, "stride": (1, 2)}, {"padding": 1, "groups": 2}, {"padding": 1, "dilation": 2},
     {"padding": 2, "dilation": 2}, {"padding": 1, "padding_mode": "reflect"},
     {"padding": 1, "kernel_size": 1}, {"padding": 1, "kernel_size": (3, 1)},
-    {"padding": 2, "kernel_size": 5}, {"padding": 1, "in_channels": 3}])
+    {"padding": 2, "kernel_size": 5}, {"padding": 1, "in_channels": 63}])
 def test_another_convolution_stays_direct(options):
-    layer = nn.Conv2d(**{"in_channels": 128, "out_channels": 16, "kernel_size": 3, **options})
+    layer = nn.Conv2d(**{"in_channels": 64, "out_channels": 16, "kernel_size": 3, **options})
     assert not changes(layer, (2, layer.in_channels, 8, 9))
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", True), ("bfloat16", False)])
 def test_a_network_is_prepared_with_it_in_float32_only(dtype, expected):
-    layer = nn.Conv2d(128, 16, 3, padding=1).to(memory_format=torch.channels_last)
-    images = torch.randn(2, 128, 8, 8).to(memory_format=torch.channels_last)
-    before = results(layer, images)
-    utils.prepare_model(layer, parse(), getattr(torch, dtype))
-    assert torch.equal(results(layer, images), before) is not expected
+    model = nn.Sequential(nn.Conv2d(64, 16, 3, padding=1)).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 64, 8, 8).to(memory_format=torch.channels_last)
+    before = results(model, images)
+    utils.prepare_model(model, parse(), getattr(torch, dtype))
+    assert torch.equal(results(model, images), before) is not expected
 
 def test_a_copy_computes_with_its_own_weights():
-    model = nn.Sequential(nn.Conv2d(128, 16, 3, padding=1))
+    model = nn.Sequential(nn.Conv2d(64, 16, 3, padding=1))
     utils.use_winograd(model)
-    images = torch.randn(2, 128, 8, 8)
+    images = torch.randn(2, 64, 8, 8)
     before = results(model, images)
     other = copy.deepcopy(model)
     nn.init.normal_(other[0].weight)
@@ -96,12 +93,10 @@ def test_a_copy_computes_with_its_own_weights():
     torch.testing.assert_close(results(other, images), expected.detach(), rtol=1e-4, atol=1e-3)
     assert torch.equal(results(model, images), before)
 
-def test_neither_the_state_dict_nor_the_description_of_the_layers_changes():
+def test_the_state_dict_does_not_change():
     model = ex3_convnet.ConvNet(norm_flag=True)
-    layers = utils.describe_layers(model)
     state = copy.deepcopy(model.state_dict())
     utils.prepare_model(model, parse(), torch.float32)
-    assert utils.describe_layers(model) == layers
     assert [*model.state_dict()] == [*state]
     for name, values in model.state_dict().items():
         assert torch.equal(values, state[name])
@@ -111,7 +106,7 @@ def test_the_convnet_trains_with_it_as_without(folder, few, no_figures, monkeypa
     losses = []
     for use in utils.use_winograd, lambda model: None:
         monkeypatch.setattr(utils, "use_winograd", use)
-        record, = ex3_convnet.main([*TINY, "--norm_flag", "--num_training=40"])
+        record, = ex3_convnet.main([*TINY, "--norm_flag", "--num_training=40", "--batch_size=10"])
         losses.append(record["history"]["train_loss"])
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
@@ -119,8 +114,8 @@ def test_the_convnet_trains_with_it_as_without(folder, few, no_figures, monkeypa
 @pytest.mark.skipif(not shutil.which("c++"), reason="there is no C++ compiler")
 def test_a_compiled_network_computes_the_same():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(128, 8, 3, padding=1), nn.ReLU())
-    images = torch.randn(2, 128, 6, 6)
+    model = nn.Sequential(nn.Conv2d(64, 8, 3, padding=1), nn.ReLU())
+    images = torch.randn(2, 64, 6, 6)
     expected = results(copy.deepcopy(model), images)
     utils.prepare_model(model, parse("--compile"), torch.float32)
     torch.testing.assert_close(results(model, images), expected, rtol=1e-4, atol=1e-4)
