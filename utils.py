@@ -2386,8 +2386,7 @@ def prepare_model(model, settings, dtype):
         model.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
 
 def use_winograd(model):
-    """Replace the 3x3 convolutions of a network, in place, by WinogradConv2d where that is faster:
-    with 64 channels or more."""
+    """Replace a network's 3x3 convolutions by WinogradConv2d, in place, where that is faster."""
     for name, layer in model.named_children():
         if (type(layer) is nn.Conv2d and layer.kernel_size == (3, 3) and layer.groups == 1
                 and layer.stride == layer.padding == layer.dilation == (1, 1)
@@ -2426,18 +2425,17 @@ def winograd_conv2d(images, weight, bias):
     rows, columns = math.ceil(height / 4), math.ceil(width / 4)  # of tiles
     b_t, g, a_t = (images.new_tensor(matrix) for matrix in (B_T, G, A_T))
     # First the tiles of the input, along the width and then along the height.
-    tiles = transform_of_tiles(b_t, columns, width) @ images.permute(0, 2, 3, 1)
+    tiles = transform_of_tiles(b_t, columns, width) @ images.movedim(1, 3)
     tiles = transform_of_tiles(b_t, rows, height) @ tiles.flatten(2)
     tiles = tiles.view(batch, rows, 6, columns, 6, channels).permute(2, 4, 0, 1, 3, 5)
-    # On a 3x3 kernel as a column of nine numbers, G from both sides is one product with a matrix of
-    # 36x9, the Kronecker product of G with itself. The same holds for A^T below.
+    # G on both sides of a 3x3 kernel is one product of a 36x9 matrix, the Kronecker product of G with
+    # itself, and the kernel as a column of nine numbers. The same holds for A^T below.
     kernels = torch.kron(g, g) @ weight.permute(2, 3, 1, 0).reshape(9, -1)
     # For each of the 36 numbers: products of all tiles with all kernels, summed over the channels.
     products = tiles.reshape(36, -1, channels) @ kernels.view(36, channels, -1)
     output = torch.kron(a_t, a_t) @ products.transpose(0, 1)  # (tiles, 16, K)
     output = output.view(batch, rows, columns, 4, 4, -1).transpose(2, 3)
-    output = output.reshape(batch, 4 * rows, 4 * columns, -1)[:, :height, :width]
-    output = output.permute(0, 3, 1, 2)
+    output = output.reshape(batch, 4 * rows, 4 * columns, -1)[:, :height, :width].movedim(3, 1)
     return output if bias is None else output + bias.view(-1, 1, 1)
 
 def transform_of_tiles(b_t, count, size):

@@ -111,6 +111,15 @@ def test_the_convnet_trains_with_it_as_without(folder, few, no_figures, monkeypa
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+        folder, few, no_figures, monkeypatch):
+    monkeypatch.setattr(ex3_convnet, "CHANNELS", (64, 64, 64, 64, 8))
+    whole, = ex3_convnet.main(TINY)
+    ex3_convnet.main([*TINY, "--num_epochs=1"])
+    resumed, = ex3_convnet.main([*TINY, "--resume"])
+    assert resumed["history"]["train_loss"] == whole["history"]["train_loss"]
+    assert resumed["filters"] == whole["filters"]
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="there is no C++ compiler")
 def test_a_compiled_network_computes_the_same():
     torch.manual_seed(0)
