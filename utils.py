@@ -2428,8 +2428,8 @@ def winograd_conv2d(images, weight, bias):
     tiles = transform_of_tiles(b_t, columns, width) @ images.movedim(1, 3)
     tiles = transform_of_tiles(b_t, rows, height) @ tiles.flatten(2)
     tiles = tiles.view(batch, rows, 6, columns, 6, channels).permute(2, 4, 0, 1, 3, 5)
-    # G on both sides of a 3x3 kernel is one product of a 36x9 matrix, the Kronecker product of G with
-    # itself, and the kernel as a column of nine numbers. The same holds for A^T below.
+    # G on both sides of a 3x3 kernel is one product with the kernel as a column of nine numbers;
+    # the matrix is the Kronecker product of G with itself. The same holds for A^T below.
     kernels = torch.kron(g, g) @ weight.permute(2, 3, 1, 0).reshape(9, -1)
     # For each of the 36 numbers: products of all tiles with all kernels, summed over the channels.
     products = tiles.reshape(36, -1, channels) @ kernels.view(36, channels, -1)
