@@ -9,7 +9,6 @@ and a claim compares rows.
 """
 
 import argparse
-import ast
 import base64
 import copy
 import csv
@@ -1921,8 +1920,9 @@ def claim_line(verdict, with_report):
 
 
 # ========== settings ==========
-# A setting is a name that is assigned at the top of a script, above "# --- end of settings". Each
-# is a flag of the command line, too; the comment beside it is the flag's help text.
+# A setting is a plain value that has a name at the top level of a script, as norm_flag = False has;
+# names in capital letters are constants. Each setting is a flag of the command line, too, unless it
+# is a list; the comment beside it is the flag's help text.
 
 def wrong_value(text, words):
     """The error for an invalid value; argparse adds the name of the setting."""
@@ -1975,7 +1975,7 @@ def choice(*words):
     return word
 
 at_least = partial(between, high=10**9, whole=True)
-PARSERS = {  # setting: a function of a text that returns the value; others: see parser_of
+PARSERS = {  # setting: a function of a text that returns the value
     "norm_flag": boolean, "earlystop": boolean, "fine_tune": boolean, "compile": boolean,
     "deterministic": boolean, "resume": boolean, "rerun": boolean, "redraw": boolean,
     "monitor": choice("accuracy", "loss"), "frozen_norm": choice("eval", "train"),
@@ -2020,30 +2020,33 @@ def parse_settings(script, argv=None):
     """The Settings of a script (its globals()), overridden by the flags in argv (None: those of the
     command line, if the script is run). Raises UserError (exit code 2)."""
     path = Path(script["__file__"])
-    top, _, code = path.read_text(encoding="utf-8-sig").partition("# --- end of settings")
-    code += Path(__file__).read_text(encoding="utf-8")
-    comments = find_settings(top)
-    parser = Parser(
-        path.name, "%(prog)s [--flag=value ...]", script["__doc__"], allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    values = {"pretrained": "none"}  # the convnet has no such setting
-    defaults = []  # as if they were given on the command line, so that they are checked, too
-    for name, comment in comments.items():
-        values[name] = value = script[name]
-        parse = parser_of(name, value, script)
-        if parse:
-            words = f"{comment or name} (default: {value})".replace("%", "%%")
-            bare = {"nargs": "?", "const": True} if parse is boolean else {}  # --norm_flag is True
-            parser.add_argument(f"--{name}", type=parse, metavar="VALUE", help=words, **bare)
-            defaults.append(f"--{name}={'none' if value is None else value}")
+    source = path.read_text(encoding="utf-8-sig")
     if argv is None:
         argv = sys.argv[1:] if script["__name__"] == "__main__" else []
-    values.update(vars(parser.parse_args(defaults)))
-    given = vars(parser.parse_args(argv))
-    values.update(given)
-    return Settings(**values, script=path.stem, given=set(given),
+    parser = Parser(path.name, "%(prog)s [--flag=value ...]", script["__doc__"], allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    lists = {}
+    for name, value in plain_values(script).items():
+        if isinstance(value, (list, tuple)) and name not in PARSERS:
+            lists[name] = value
+        else:
+            comment = re.search(rf"^{name}\b.*?  # (.*)$", source, re.MULTILINE)
+            add_flag(parser, name, value, comment[1] if comment else name, script["QUESTIONS"])
+    values = vars(parser.parse_args(argv))
+    names = {*values, *lists}
+    values.setdefault("pretrained", "none")  # the convnet has no such setting
+    _, _, code = source.partition("# --- end of settings")
+    code += Path(__file__).read_text(encoding="utf-8")
+    return Settings(**values, **lists, script=path.stem,
                     code=hashlib.sha256(code.encode()).hexdigest()[:8],
-                    identity_names=sorted(comments.keys() - NOT_IN_IDENTITY))
+                    given={flag[2:].partition("=")[0] for flag in argv if flag.startswith("--")},
+                    identity_names=sorted(names - NOT_IN_IDENTITY))
+
+def plain_values(script):
+    """The values of a script's settings, {name: value}."""
+    return {name: value for name, value in script.items()
+            if not (name.startswith("_") or name.isupper())
+            and isinstance(value, (bool, int, float, str, list, tuple, type(None)))}
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError."""
@@ -2051,32 +2054,26 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise WrongSetting(f"{message} (--help lists the settings)")
 
-def find_settings(top):
-    """The settings in the top of a script, {name: comment}. Raises UserError."""
-    comments = {}
-    for node in ast.parse(top).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if len(targets) > 1 or not isinstance(targets[0], ast.Name):
-                raise WrongSetting(f"{ast.unparse(node)}: give each setting a line of its own")
-            last_line = top.splitlines()[node.end_lineno - 1]
-            comments[targets[0].id] = last_line.partition("  # ")[2]
-        elif not isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr)):
-            raise WrongSetting(f"line {node.lineno}: only assignments can stand among the settings")
-    return comments
-
-def parser_of(name, value, script):
-    """The parser of a setting; for one that is not in PARSERS by the type of its value. None for a
-    list, which becomes no flag."""
+def add_flag(parser, name, value, comment, questions):
+    """Add a setting with this value in the script to a parser. What is in PARSERS is parsed by
+    that, others by the type of the value."""
     if name == "question":
-        return choice("none", *script["QUESTIONS"], "all")
-    if name in PARSERS:
-        return PARSERS[name]
-    if value is None or isinstance(value, bool):
-        return boolean
-    if isinstance(value, (int, float)):
-        return any_number
-    return any_text if isinstance(value, str) else None
+        parse = choice("none", *questions, "all")
+    elif name in PARSERS:
+        parse = PARSERS[name]
+    elif value is None or isinstance(value, bool):
+        parse = boolean
+    elif isinstance(value, (int, float)):
+        parse = any_number
+    else:
+        parse = any_text
+    default = "none" if value is None else str(value)  # argparse parses it, too, if it is a text
+    words = f"{comment} (default: {value})".replace("%", "%%")
+    if parse is boolean:  # --norm_flag is --norm_flag=True
+        parser.add_argument(f"--{name}", type=parse, default=default, nargs="?", const=True,
+                            metavar="VALUE", help=words)
+    else:
+        parser.add_argument(f"--{name}", type=parse, default=default, metavar="VALUE", help=words)
 
 
 # ========== running a script ==========

@@ -78,7 +78,7 @@ OFF = [  # or without an effect on results
     [("dropout = 0  #", "dropout: float = 0.0  #")], [("dropout = 0  #", "dropout = None  #")],
     [("reg = 1e-3  #", "reg: float = 0.001  #")], [("earlystop = False  #", "earlystop = None  #")],
     [(RECIPE, f'mixup = False  # mine\nwarm = None\nsmooth = 0.0\nsampler = "none"\n{RECIPE}')],
-    [("CHANNELS = (", "limit = 3\nCHANNELS = (")],
+    [("CHANNELS = (", "LIMIT = 3\nCHANNELS = (")],
     [(RECIPE, f"activation = nn.ReLU  # mine: no plain value, of which the layers tell\n{RECIPE}")],
     # what another version of PyTorch knows of, or does not, but is off
     [(MODEL, f"{MODEL}\n        for layer in self.modules():\n            layer.novel = False\n"
