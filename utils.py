@@ -26,7 +26,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import traceback
 import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -2104,40 +2103,39 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
         trained, problems = train_all(runs, train, data, choose_dtype(device, settings.precision))
         _, processes = rank_and_processes()
         if processes > 1 and (settings.question != "none" or not trained):
-            # An exit code other than 0 would make torchrun end the other processes.
-            for problem in problems:
-                print(problem)
-            print("When all processes have ended, --redraw shows the results")
+            # Another exit code than 0 would make torchrun end the other processes.
+            print(*problems, "When all processes have ended, --redraw shows the results", sep="\n")
             return []
     records = load_records(folder / "records")
     if not records or (problems and not trained):
         raise UserError("; ".join(problems) or f"there are no records in {folder}")
     write_csv(records, folder / "results.csv")
     if settings.question == "none":
-        shown = show_runs(settings, records, trained, folder, data, problems)
+        shown = show_runs(settings, records, trained, folder, data)
     else:
         results = find_results(settings, questions, records, trained)
         problems += missing_runs(settings, questions, results)
-        shown = show_questions(settings, questions, claims, summary, results, draw, folder, data,
-                               problems)
+        shown = show_questions(settings, questions, claims, summary, results, draw, folder, data)
     if problems:
         raise UserError("; ".join(problems))
     return shown
 
-def show_runs(settings, records, trained, folder, data, problems):
+def show_runs(settings, records, trained, folder, data):
     """Compare all experiments in a folder, and draw the one that was just trained. Returns its
-    records, or all if none was trained. Appends to problems if a figure fails."""
+    records, or all if none was trained."""
     experiments = group_experiments(records)
     lines = compare_runs(experiments, settings.script, folder)
     shown = records
     if trained:
         shown = [record for record in records if record["digest"] == trained[0]["digest"]
                  and record["seed"] in settings.all_seeds()]
-    with drawing(problems):
-        plot_runs(experiments, folder / "runs.png", settings.script)
-        if trained:
-            lines += plot_experiment(shown, folder, data)
-    write_page(lines, folder)
+    try:
+        with plt.style.context(STYLE):
+            plot_runs(experiments, folder / "runs.png", settings.script)
+            if trained:
+                lines += plot_experiment(shown, folder, data)
+    finally:  # the table stands on the page even if a figure fails
+        write_page(lines, folder)
     return shown
 
 def plot_experiment(records, folder, data):
@@ -2151,23 +2149,25 @@ def plot_experiment(records, folder, data):
     plot_classes(records, folder / names[2], title, data)
     return pictures(names, folder)
 
-def show_questions(settings, questions, claims, summary, results, draw, folder, data, problems):
+def show_questions(settings, questions, claims, summary, results, draw, folder, data):
     """Draw the questions that are asked, and those with two recorded rows; write the page. Returns
-    their records. Appends to problems if a figure fails."""
+    their records."""
     results = {number: rows for number, rows in results.items()
                if settings.question in (number, "all") or len(rows) > 1}
     records = all_records(results)
     verdicts = [verdict for verdict in (judge(claim, results) for claim in claims) if verdict]
-    with drawing(problems):
-        for number, rows in results.items():
-            draw(number, rows, folder, data)
-        plot_summary(summary, questions, results, folder / "summary.png")
-        if verdicts:
-            plot_conclusions(verdicts, folder / "same_conclusions.png", has_report(records))
     given = [f" --{name}={getattr(settings, name)}" for name in sorted(settings.given)
              if name in settings.identity_names]
     title = f"{settings.script}.py{''.join(given)}"
-    write_page(page_lines(title, questions, results, verdicts, folder), folder)
+    try:
+        with plt.style.context(STYLE):
+            for number, rows in results.items():
+                draw(number, rows, folder, data)
+            plot_summary(summary, questions, results, folder / "summary.png")
+            if verdicts:
+                plot_conclusions(verdicts, folder / "same_conclusions.png", has_report(records))
+    finally:  # the tables stand on the page even if a figure fails
+        write_page(page_lines(title, questions, results, verdicts, folder), folder)
     return records
 
 def train_all(runs, train, data, dtype):
@@ -2183,6 +2183,7 @@ def train_all(runs, train, data, dtype):
         except WrongSetting:  # it would affect every run
             raise
         except UserError as error:
+            print(error)
             problems.append(str(error))
     return records, without_repeats(problems)
 
@@ -2202,17 +2203,6 @@ def make_writable(*folders):
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror}") from error
-
-@contextmanager
-def drawing(problems):
-    """Draw in our style. If a figure fails, records and tables are still written: its error is
-    printed and appended to problems."""
-    try:
-        with plt.style.context(STYLE):
-            yield
-    except Exception as error:  # of matplotlib, of a disk, of a figure that you have changed
-        traceback.print_exc()
-        problems.append(f"some figures could not be drawn ({type(error).__name__}: {error})")
 
 def write_page(lines, folder):
     """Write README.md of a folder of results."""

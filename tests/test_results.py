@@ -257,3 +257,16 @@ def test_a_users_own_matplotlibrc_does_not_break_a_run(folder, few, small_convne
     for argv in ARGV, [*ARGV, "--question=1"]:
         with matplotlib.rc_context(fname=folder / "matplotlibrc"):
             assert len(ex3_convnet.main(argv)) == 1
+
+@pytest.mark.parametrize(("flags", "broken"), [
+    ([], "plot_runs"), (["--question=1"], "plot_filters")])
+def test_a_figure_that_fails_costs_neither_record_nor_page(small, monkeypatch, flags, broken):
+    def fail(*arguments):
+        raise ValueError("no such colour")
+
+    monkeypatch.setattr(utils, broken, fail)
+    with pytest.raises(ValueError, match="no such colour"):
+        ex3_convnet.main([*ARGV, *flags])
+    assert len([*small.glob("figures/*/*/records/*.json")]) == 1
+    assert "ConvNet" in page(small) or "Question 1" in page(small)
+    assert [*small.glob("figures/*/*/results.csv")]
