@@ -308,35 +308,35 @@ def draw(number, results, folder, data):
 def plot_early_stopping(results, reports, path):
     """Figure 5: accuracy curves; a star is a seed's best epoch, a square where it stopped early."""
     figure, axes = utils.new_figure(len(results), 2, 5, 3.6, sharey=True)
-    for axis, (name, records) in zip(axes, results.items()):
-        utils.draw_curves(axis, records, "accuracy")
-        utils.draw_report(axis, reports[name], len(records[0]["history"]["val_loss"]))
+    for ax, (name, records) in zip(axes, results.items()):
+        utils.draw_curves(ax, records, "accuracy")
+        utils.draw_report(ax, reports[name], len(records[0]["history"]["val_loss"]))
         for record in records:
             accuracy = utils.curve_of(record, "val_accuracy")
             best, last = record["result"]["best_epoch"], len(accuracy)
             patience = record["settings"].get("patience", 0)
             if best is not None and 0 < patience <= last - best:
-                axis.plot(last, accuracy[-1], "ks", markersize=5, label="early stop")
-        axis.set_title(name, fontsize=10)
+                ax.plot(last, accuracy[-1], "ks", markersize=5, label="early stop")
+        ax.set_title(name, fontsize=10)
         if reports[name]:
-            axis.set_ylim(40, 101)
+            ax.set_ylim(40, 101)
     utils.save_figure(figure, "Figure 5: early stopping", path,
                       utils.flatten(results.values()), axes)
 
 def plot_techniques(results, reports, path):
     """Figure 6: the learning curves of each technique, with its accuracies of Table 3."""
     figure, axes = utils.new_figure(len(results), 3, 3.4, 2.6, sharex=True, sharey=True)
-    for axis, (name, records) in zip(axes, results.items()):
-        utils.draw_curves(axis, records, "accuracy", augmented=True)
-        utils.draw_report(axis, reports[name], len(records[0]["history"]["val_loss"]))
+    for ax, (name, records) in zip(axes, results.items()):
+        utils.draw_curves(ax, records, "accuracy", augmented=True)
+        utils.draw_report(ax, reports[name], len(records[0]["history"]["val_loss"]))
         plain = np.mean(utils.values_of(records, "val_accuracy"))
         augmented = np.mean(utils.values_of(records, "val_accuracy_augmented"))
         numbers = f"{plain:.1f}"
         if augmented != plain:
             numbers = f"{augmented:.1f} augmented, {plain:.1f} plain"
-        axis.set_title(f"{name}: {numbers}", fontsize=9)
+        ax.set_title(f"{name}: {numbers}", fontsize=9)
         if reports[name]:
-            axis.set_ylim(40, 101)
+            ax.set_ylim(40, 101)
     utils.save_figure(figure, "Figure 6: the techniques, with their accuracy (%) on augmented and "
                       "on plain validation images", path, utils.flatten(results.values()), axes)
 
@@ -355,10 +355,10 @@ def plot_augmented_images(data, path, count=10):
             parameters = getattr(utils.AUGMENTATIONS[name], "keywords", {})
             words = [f"{key} {value}" for key, value in parameters.items() if key != "dim"]
             label = f"{name}\n{textwrap.fill(', '.join(words), 30)}"
-        for axis, image, original in zip(row, changed, images):
+        for ax, image, original in zip(row, changed, images):
             is_unchanged = augment and torch.equal(image, original)
-            axis.imshow(image.permute(1, 2, 0).numpy(), alpha=0.3 if is_unchanged else 1)
-            axis.set(xticks=[], yticks=[], frame_on=False)
+            ax.imshow(image.permute(1, 2, 0).numpy(), alpha=0.3 if is_unchanged else 1)
+            ax.set(xticks=[], yticks=[], frame_on=False)
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     utils.save_figure(figure, f"The augmentation techniques on {data.name}", path)
 
@@ -373,17 +373,17 @@ def plot_dropout(results, reports, path):
             with_norm[rate] = records
         else:
             without_norm[rate] = records
-        for axis in whole, zoom:
-            utils.draw_report(axis, reports[name], rate)
-    for axis in whole, zoom:
-        draw_rates(axis, with_norm, "train_accuracy", "train", **utils.TRAIN)
-        draw_rates(axis, with_norm, "val_accuracy", "validation", **utils.VALIDATION)
-        draw_rates(axis, with_norm, "val_accuracy_recalibrated", "validation, precise BN",
+        for ax in whole, zoom:
+            utils.draw_report(ax, reports[name], rate)
+    for ax in whole, zoom:
+        draw_rates(ax, with_norm, "train_accuracy", "train", **utils.TRAIN)
+        draw_rates(ax, with_norm, "val_accuracy", "validation", **utils.VALIDATION)
+        draw_rates(ax, with_norm, "val_accuracy_recalibrated", "validation, precise BN",
                    **utils.AUGMENTED)
-        draw_rates(axis, without_norm, "val_accuracy", "validation, no batch norm", color="0.5",
+        draw_rates(ax, without_norm, "val_accuracy", "validation, no batch norm", color="0.5",
                    marker="v", linestyle="none", zorder=6)
-        axis.set(xlabel="dropout", ylabel="accuracy of the last epoch (%)", ylim=(0, 101))
-        axis.grid(True)
+        ax.set(xlabel="dropout", ylabel="accuracy of the last epoch (%)", ylim=(0, 101))
+        ax.grid(True)
     zoom.set(xlim=(-0.02, 0.62), title="the same from 0 to 0.6")
     if any(reports.values()):
         zoom.set_ylim(70, 92)
@@ -393,7 +393,7 @@ def plot_dropout(results, reports, path):
     utils.save_figure(figure, "Figure 7: dropout; bars: standard deviation of the seeds", path,
                       utils.flatten(results.values()), [whole])
 
-def draw_rates(axis, rows, key, label, **style):
+def draw_rates(ax, rows, key, label, **style):
     """An accuracy against the dropout rate, mean and standard deviation of the seeds. rows:
     {dropout: records}."""
     rates = [rate for rate in sorted(rows) if utils.values_of(rows[rate], key)]
@@ -401,16 +401,16 @@ def draw_rates(axis, rows, key, label, **style):
         values = [utils.values_of(rows[rate], key) for rate in rates]
         means = [np.mean(numbers) for numbers in values]
         deviations = [np.std(numbers, ddof=1) if len(numbers) > 1 else 0 for numbers in values]
-        axis.errorbar(rates, means, deviations, capsize=3, label=label, **style)
+        ax.errorbar(rates, means, deviations, capsize=3, label=label, **style)
 
-def draw_curves_of_rates(axis, rows, key, label):
+def draw_curves_of_rates(ax, rows, key, label):
     """An accuracy over the epochs, a colour for each dropout rate. rows: {dropout: records}."""
     colormap = utils.plt.get_cmap("viridis")
     for rate in sorted(rows):
         curve = utils.mean_curve([utils.curve_of(record, key) for record in rows[rate]])
-        utils.draw_curve(axis, curve, 1.4, color=colormap(rate), label=f"{rate:g}")
-    axis.set(title=f"{label}, mean of the seeds", ylim=(0, 101))
-    utils.label_epochs(axis, "accuracy (%)")
+        utils.draw_curve(ax, curve, 1.4, color=colormap(rate), label=f"{rate:g}")
+    ax.set(title=f"{label}, mean of the seeds", ylim=(0, 101))
+    utils.label_epochs(ax, "accuracy (%)")
 
 
 # ============================================= main =============================================

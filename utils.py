@@ -1038,29 +1038,35 @@ def check_record(record):
 def load_records(folder):
     """All records in a folder and in those below it, one of each identity and seed: where there are
     more, the latest. Prints which files are left out."""
-    records = {}
+    found = []
     for path in sorted(folder.rglob("*.json")):
         try:
             record = load_record(path)
         except UserError as error:
             print(error, file=sys.stderr)
             continue
-        data, script = record["data"], record["identity"]["script"]
-        data_folder = data_slug(data, record["identity"]["data"]["fingerprint"])
-        if (script != folder.parent.name
-                or not folder.parent.parent.name.startswith(data_folder)):
-            print(f"{path} is left out: it was written by {script}.py for {data}, or for another "
-                  "folder of this name", file=sys.stderr)
-            continue
+        if belongs_to(record, folder):
+            found.append(record)
+        else:
+            print(f"{path} is left out: it was written by {record['identity']['script']}.py for "
+                  f"{record['data']}, or for another folder of this name", file=sys.stderr)
+    records = {}
+    for record in sorted(found, key=lambda record: record["finished"], reverse=True):
         key = record["digest"], record["seed"]
         if key in records:
-            older = records[key]
-            if record["finished"] < older["finished"]:
-                older, record = record, older
-            print(f"{older['name']}.json is left out: {record['name']}.json is a later run with "
-                  "the same settings and seed", file=sys.stderr)
-        records[key] = record
-    return list(records.values())
+            print(f"{record['name']}.json is left out: {records[key]['name']}.json is a later run "
+                  "with the same settings and seed", file=sys.stderr)
+        else:
+            records[key] = record
+    return sorted(records.values(), key=lambda record: record["name"])
+
+def belongs_to(record, folder):
+    """Whether a record is of the data and of the script that a folder <data>/<script>/records is
+    named after."""
+    data, script = folder.parts[-3:-1]
+    fingerprint = record["identity"]["data"]["fingerprint"]
+    return (record["identity"]["script"] == script
+            and data.startswith(data_slug(record["data"], fingerprint)))
 
 
 # ========== comparing runs ==========
@@ -1081,25 +1087,16 @@ def name_experiments(records):
     others, such as "norm_flag True, dropout 0.3", "optimizer SGD" or "layers.2: GELU"."""
     descriptions = [describe(record) for record in records]
     networks = [layers_to_compare(record) for record in records]
-    names = []
+    short_names = []
     for description, network in zip(descriptions, networks):
-        words = []
-        for key, value in description.items():
-            is_said = value is False or not is_off(value)  # but not "augmentation none"
-            if is_said and any(other.get(key) != value for other in descriptions):
-                words.append(f"{key} {value}")
-        layer = first_other_layer(network, networks)
-        if layer:
-            words.append(f"{layer['layer']}: {layer['class']}")
-        names.append(", ".join(words))
-    for name in sorted(set(names)):
-        same = [i for i, other in enumerate(names) if other == name]
-        if len(same) > 1:
-            differences = first_difference([records[i]["identity"] for i in same])
-            for i, difference in zip(same, differences):
-                names[i] = f"{name}, {difference}".removeprefix(", ")
-    for i, record in enumerate(records):
-        names[i] = names[i] or record["title"]
+        words = other_values(description, descriptions) + other_layer(network, networks)
+        short_names.append(", ".join(words))
+    names = []
+    for short_name, record in zip(short_names, records):
+        same = [other["identity"] for other_name, other in zip(short_names, records)
+                if other_name == short_name]
+        words = [short_name, first_difference(record["identity"], same)]
+        names.append(", ".join(word for word in words if word) or record["title"])
     for i, record in enumerate(records):
         if names.count(names[i]) > 1:  # they differ in something else
             names[i] += f" ({record['digest']})"
@@ -1118,36 +1115,49 @@ def layers_to_compare(record):
     return [layer for layer in record["identity"]["layers"]
             if not re.search("Norm|Dropout", layer["class"])]
 
-def first_other_layer(network, networks):
-    """The first layer whose class differs from that at the same position in another network."""
+def other_values(description, descriptions):
+    """Words for the values of a description in which another one differs."""
+    words = []
+    for key, value in description.items():
+        is_said = value is False or not is_off(value)  # but not "augmentation none"
+        if is_said and any(other.get(key) != value for other in descriptions):
+            words.append(f"{key} {value}")
+    return words
+
+def other_layer(network, networks):
+    """Words for the first layer whose class differs from that at the same position in another
+    network; an empty list if there is none."""
     for i, layer in enumerate(network):
         for other in networks:
             if i < len(other) and other[i]["class"] != layer["class"]:
-                return layer
-    return None
-
-def first_difference(identities):
-    """The first value in which several identities differ: a text for each identity."""
-    flat = []
-    for identity in identities:
-        layers = {layer["layer"]: layer for layer in identity["layers"]}
-        rest = {key: value for key, value in identity.items() if key != "layers"}
-        flat.append({**leaves(rest), **leaves(layers)})
-    for path in dict.fromkeys(path for values in flat for path in values):
-        words = [f"{path}: {values.get(path, 'none')}" for values in flat]
-        if len(set(words)) > 1:
-            return words
+                return [f"{layer['layer']}: {layer['class']}"]
     return []
 
-def leaves(value, path=""):
-    """The values in nested dicts and lists, each with its path: {"optimizer 0 lr": 0.002}."""
+def first_difference(identity, others):
+    """Words for the first value of an identity in which another one differs; "" if there is none.
+    They begin with the value's place, as in "optimizer 0 momentum: 0.9"."""
+    own = flat_identity(identity)
+    others = [flat_identity(other) for other in others]
+    for place, value in own.items():
+        if any(other.get(place) != value for other in others):
+            return f"{place}: {value}"
+    return ""
+
+def flat_identity(identity):
+    """The values of an identity, {place: value}; those of layers come last."""
+    layers = {layer["layer"]: layer for layer in identity["layers"]}
+    rest = {key: value for key, value in identity.items() if key != "layers"}
+    return {**leaves(rest), **leaves(layers)}
+
+def leaves(value, place=""):
+    """The values in nested dicts and lists, {place: value}, as {"optimizer 0 lr": 0.002}."""
     if isinstance(value, list):
         value = dict(enumerate(value))
     if not isinstance(value, dict):
-        return {path: value}
+        return {place: value}
     found = {}
     for key, part in value.items():
-        found.update(leaves(part, f"{path} {key}".strip()))
+        found.update(leaves(part, f"{place} {key}".strip()))
     return found
 
 def compare_runs(experiments, script, folder):
@@ -1270,10 +1280,10 @@ def new_figure(count, columns, width, height, **sharing):
     rows = math.ceil(count / columns)
     figure, axes = plt.subplots(rows, columns, squeeze=False, **sharing,
                                 figsize=(columns * width, rows * height + 1))
-    for axis in axes.flat[count:]:
-        axis.remove()
-    for axis in axes.flat[max(0, count - columns):count]:  # the lowest panel of each column
-        axis.tick_params(labelbottom=True)
+    for ax in axes.flat[count:]:
+        ax.remove()
+    for ax in axes.flat[max(0, count - columns):count]:  # the lowest panel of each column
+        ax.tick_params(labelbottom=True)
     return figure, list(axes.flat[:count])
 
 def save_figure(figure, title, path, records=(), legend_axes=()):
@@ -1283,8 +1293,8 @@ def save_figure(figure, title, path, records=(), legend_axes=()):
         title += "\n" + textwrap.fill(caption(records), int(11 * figure.get_figwidth()))
     figure.suptitle(drawable(title), fontsize=11, wrap=True)
     handles = {}
-    for axis in legend_axes:
-        for handle, label in zip(*axis.get_legend_handles_labels()):
+    for ax in legend_axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
             handles.setdefault(label, handle)
     if handles:
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
@@ -1356,12 +1366,12 @@ def plot_filters(record, path, title):
     if limit == 0:  # nearly all weights are 0
         limit = 1.0
     figure, axes = new_figure(len(pictures), len(pictures), 5, 2.3)
-    for axis, (name, picture) in zip(axes, pictures.items()):
+    for ax, (name, picture) in zip(axes, pictures.items()):
         grid = make_grid(picture, nrow=16, padding=1, pad_value=1, normalize=True,
                          value_range=(-limit, limit))
-        axis.imshow(grid.permute(1, 2, 0).numpy())
-        axis.set_title(f"{name}, standard deviation {picture.std():.3f}", fontsize=11)
-        axis.axis("off")
+        ax.imshow(grid.permute(1, 2, 0).numpy())
+        ax.set_title(f"{name}, standard deviation {picture.std():.3f}", fontsize=11)
+        ax.axis("off")
     save_figure(figure, f"{title}: filters of the first convolution (grey 0, full colour "
                 f"±{limit:.2f})", path, [record])
 
@@ -1375,29 +1385,29 @@ def plot_classes(records, path, title, data=None):
     confusion = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)
     figure = plt.figure(figsize=(12 if mistakes else 7.5, 7))
     grid = figure.add_gridspec(4, 4 if mistakes else 2)
-    axis = figure.add_subplot(grid[:, :2])
-    axis.imshow(confusion, cmap="Greys", vmin=0, vmax=100)
-    axis.set(xlabel="predicted", ylabel="true class", xticks=[], yticks=[])
+    ax = figure.add_subplot(grid[:, :2])
+    ax.imshow(confusion, cmap="Greys", vmin=0, vmax=100)
+    ax.set(xlabel="predicted", ylabel="true class", xticks=[], yticks=[])
     if len(confusion) <= 15:  # more would be illegible
         for row, column in np.ndindex(confusion.shape):
-            axis.text(column, row, f"{confusion[row, column]:.0f}", ha="center", va="center",
+            ax.text(column, row, f"{confusion[row, column]:.0f}", ha="center", va="center",
                       color="white" if confusion[row, column] > 50 else "black")
-        axis.set_xticks(range(len(confusion)), classes, rotation=90)
-        axis.set_yticks(range(len(confusion)), classes)
+        ax.set_xticks(range(len(confusion)), classes, rotation=90)
+        ax.set_yticks(range(len(confusion)), classes)
     for i, (position, predicted, probability) in enumerate(mistakes):
         index = data.test[position]
-        axis = figure.add_subplot(grid[i // 2, 2 + i % 2])
-        axis.imshow(data.images[index].permute(1, 2, 0).cpu().numpy())
-        axis.set_title(f"{classes[data.labels[index]]}, taken for\n{classes[predicted]} with "
+        ax = figure.add_subplot(grid[i // 2, 2 + i % 2])
+        ax.imshow(data.images[index].permute(1, 2, 0).cpu().numpy())
+        ax.set_title(f"{classes[data.labels[index]]}, taken for\n{classes[predicted]} with "
                        f"{probability:.1%}", fontsize=9)
-        axis.axis("off")
+        ax.axis("off")
     beside = f"; right: most confident mistakes of seed {records[0]['seed']}" if mistakes else ""
     save_figure(figure, f"{title}: test images, % of each class{beside}", path, records)
     codes = [f"{code} is {name}" for code, name in zip(classes, names) if code != name]
     if codes:
         print(f"In the figure, {', '.join(codes)}")
 
-def draw_curves(axis, records, quantity, augmented=False):
+def draw_curves(ax, records, quantity, augmented=False):
     """Curves of "loss" or "accuracy" over the epochs: each seed a thin line, and their mean or,
     with early stopping, a star at each best epoch. augmented: add the accuracy on augmented
     validation images."""
@@ -1410,23 +1420,23 @@ def draw_curves(axis, records, quantity, augmented=False):
         curves = [curve_of(record, key) for record in records if key in record["history"]]
         if len(curves) < 2 or has_best_epoch:
             for curve in curves:
-                draw_curve(axis, curve, 1.4, **style, label=label)
+                draw_curve(ax, curve, 1.4, **style, label=label)
         else:
             for curve in curves:
-                draw_curve(axis, curve, 0.6, **style)
-            draw_curve(axis, mean_curve(curves), 2.2, **style, label=f"{label}, mean")
+                draw_curve(ax, curve, 0.6, **style)
+            draw_curve(ax, mean_curve(curves), 2.2, **style, label=f"{label}, mean")
     for record in records:
         best = record["result"]["best_epoch"]
         if best is not None:
-            axis.plot(best, curve_of(record, f"val_{quantity}")[best - 1], "*k", markersize=10,
+            ax.plot(best, curve_of(record, f"val_{quantity}")[best - 1], "*k", markersize=10,
                       label="best epoch")
-    label_epochs(axis, "accuracy (%)" if quantity == "accuracy" else quantity)
+    label_epochs(ax, "accuracy (%)" if quantity == "accuracy" else quantity)
 
-def label_epochs(axis, ylabel):
+def label_epochs(ax, ylabel):
     """Label the axes of curves over the epochs, which are whole numbers."""
-    axis.set(xlabel="epoch", ylabel=ylabel)
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axis.grid(True)
+    ax.set(xlabel="epoch", ylabel=ylabel)
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    ax.grid(True)
 
 def curve_of(record, key):
     """A quantity of each epoch, accuracies in %."""
@@ -1441,20 +1451,20 @@ def mean_curve(curves):
     epochs = min(map(len, curves))
     return np.mean([curve[:epochs] for curve in curves], axis=0)
 
-def draw_curve(axis, curve, width, **style):
+def draw_curve(ax, curve, width, **style):
     """A line over the epochs; of a single epoch a point."""
     marker = "o" if len(curve) == 1 else ""
-    axis.plot(range(1, len(curve) + 1), curve, linewidth=width, marker=marker, **style)
+    ax.plot(range(1, len(curve) + 1), curve, linewidth=width, marker=marker, **style)
 
-def draw_report(axis, report, x):
+def draw_report(ax, report, x):
     """The report's accuracies of a run, {key of a result: number}: with early stopping at its
     "best_epoch" and "last_epoch", otherwise at x."""
     for key, (_, style) in CURVES.items():
         marker = {**REPORT, "color": style["color"]}
         if key in report:
-            axis.plot(report.get("best_epoch", x), report[key], **marker)
+            ax.plot(report.get("best_epoch", x), report[key], **marker)
         if f"latest_{key}" in report:
-            axis.plot(report["last_epoch"], report[f"latest_{key}"], **marker)
+            ax.plot(report["last_epoch"], report[f"latest_{key}"], **marker)
 
 def plot_learning_curves(runs, title, path, reports=None, lowest=0):
     """Loss and accuracy over the epochs, a row for each of the runs {name: records}. reports:
@@ -1472,19 +1482,19 @@ def plot_learning_curves(runs, title, path, reports=None, lowest=0):
     axes[0].set_ylim(0, 1.05 * axes[0].get_ylim()[1])  # all losses share this axis
     save_figure(figure, title, path, flatten(runs.values()), axes[1::2])
 
-def draw_dots(axis, labels, rows, colors):
+def draw_dots(ax, labels, rows, colors):
     """Test accuracies, a line for each of the rows (lists of records): one dot per seed, and their
     mean with its number."""
     for y, records in enumerate(rows):
         accuracies, color = values_of(records, "test_accuracy"), colors[y]
         mean = np.mean(accuracies)
-        axis.plot(accuracies, [y] * len(accuracies), "o", color=color, alpha=0.45, label="one seed")
-        axis.plot([mean, mean], [y - 0.17, y + 0.17], color=color, linewidth=3, label="mean")
-        axis.annotate(f"{mean:.1f}", (mean, y - 0.2), ha="center", va="bottom", color=color)
-    axis.set(xlabel="test accuracy (%)", ylim=(len(rows) - 0.5, -0.7))
-    axis.set_yticks(range(len(rows)), labels)
-    axis.margins(x=0.1)
-    axis.grid(True, axis="x")
+        ax.plot(accuracies, [y] * len(accuracies), "o", color=color, alpha=0.45, label="one seed")
+        ax.plot([mean, mean], [y - 0.17, y + 0.17], color=color, linewidth=3, label="mean")
+        ax.annotate(f"{mean:.1f}", (mean, y - 0.2), ha="center", va="bottom", color=color)
+    ax.set(xlabel="test accuracy (%)", ylim=(len(rows) - 0.5, -0.7))
+    ax.set_yticks(range(len(rows)), labels)
+    ax.margins(x=0.1)
+    ax.grid(True, axis="x")
 
 def plot_runs(experiments, path, script):
     """Validation accuracy over the epochs and test accuracy of the last six experiments."""
@@ -1518,43 +1528,43 @@ def plot_summary(summary, questions, results, path):
             reports.append(questions[number].reports(results[number])[name])
     if len(rows) < 2:
         return
-    figure, (axis,) = new_figure(1, 1, 8.5, 0.55 * len(rows))
-    draw_dots(axis, labels, rows, [TRAIN["color"]] * len(rows))
+    figure, (ax,) = new_figure(1, 1, 8.5, 0.55 * len(rows))
+    draw_dots(ax, labels, rows, [TRAIN["color"]] * len(rows))
     for y, report in enumerate(reports):
         if "test_accuracy" in report:
-            axis.plot(report["test_accuracy"], y, **REPORT)
-    save_figure(figure, "What each technique is worth", path, flatten(rows), [axis])
+            ax.plot(report["test_accuracy"], y, **REPORT)
+    save_figure(figure, "What each technique is worth", path, flatten(rows), [ax])
 
 def plot_conclusions(verdicts, path, with_report):
     """Do we come to the report's conclusions? A line for each Verdict: our difference with its 95 %
     interval, and the report's."""
-    figure, (axis,) = new_figure(1, 1, 9, 0.42 * len(verdicts))
-    axis.axvline(0, color="0.4", linewidth=1)
+    figure, (ax,) = new_figure(1, 1, 9, 0.42 * len(verdicts))
+    ax.axvline(0, color="0.4", linewidth=1)
     colors = {"holds": "#2a8a4a", "does not hold": "#b2182b"}
     texts, outcomes = [], []
     for y, verdict in enumerate(verdicts):
         claim, difference = verdict.claim, verdict.difference
         color = colors.get(verdict.outcome, "0.4")
         for limit in claim.tolerances():
-            axis.barh(y, limit, height=1, color="0.9", label="tolerance")
+            ax.barh(y, limit, height=1, color="0.9", label="tolerance")
         if difference.low is None:
-            axis.plot(difference.mean, y, "o", color=color, markerfacecolor="white")
+            ax.plot(difference.mean, y, "o", color=color, markerfacecolor="white")
         else:
-            axis.plot(difference.mean, y, "o", color=color, label="ours")
-            axis.plot([difference.low, difference.high], [y, y], color=color, linewidth=2,
+            ax.plot(difference.mean, y, "o", color=color, label="ours")
+            ax.plot([difference.low, difference.high], [y, y], color=color, linewidth=2,
                       label="95 % interval")
         if with_report and claim.report_difference is not None:
-            axis.plot(claim.report_difference, y + 0.22, **REPORT)
+            ax.plot(claim.report_difference, y + 0.22, **REPORT)
         rival = f" (against {verdict.rival})" if len(claim.rivals) > 1 else ""
         texts.append(textwrap.fill(claim.text + rival, 48))
         outcomes.append(f"{MARKS[verdict.outcome]} {verdict.outcome}\n{verdict.seeds}")
-    axis.set_yticks(range(len(texts)), texts, fontsize=8.5)
-    right = axis.secondary_yaxis("right")
+    ax.set_yticks(range(len(texts)), texts, fontsize=8.5)
+    right = ax.secondary_yaxis("right")
     right.set_yticks(range(len(outcomes)), outcomes, fontsize=8.5)
     right.tick_params(length=0)
-    axis.tick_params(length=0)
-    axis.set(ylim=(len(verdicts) - 0.4, -0.6), xlabel="difference in points of accuracy")
-    save_figure(figure, "Same conclusions?", path, legend_axes=[axis])
+    ax.tick_params(length=0)
+    ax.set(ylim=(len(verdicts) - 0.4, -0.6), xlabel="difference in points of accuracy")
+    save_figure(figure, "Same conclusions?", path, legend_axes=[ax])
 
 
 # ========== the report: questions and tables ==========
@@ -1631,31 +1641,31 @@ def plan_runs(settings, questions):
     return without_repeats(row.replace(seed=seed) for row in rows for seed in settings.all_seeds())
 
 def find_results(settings, questions, records, trained):
-    """The results with these settings, for the question asked and for all others that have some.
-    Where several experiments fit a row, one is chosen. trained: the records of the runs that were
-    just trained. Prints what is chosen and left out. Raises UserError if the question has none."""
-    results, sentences = {}, []
-    for number, question in questions.items():
+    """The results with these settings, for the questions asked and for others with two rows or
+    more. trained: the records of the runs that were just trained. Prints which experiments are left
+    out. Raises UserError if a question that was asked has no results."""
+    results = {}
+    for question_id, question in questions.items():
         if question.conflict(settings):  # these flags are not meant for this question
             continue
+        found = {}  # {row: experiments}
         for name, row in question.settings_of_rows(settings).items():
             experiments = group_experiments([record for record in records if fits(record, row)])
             if experiments:
-                chosen = choose_experiment(experiments, trained)
-                results.setdefault(number, {})[name] = experiments[chosen]
-            if len(experiments) > 1:
-                sentences.append(f"{name}: of {list_experiments(experiments)} {chosen} is shown")
-    if not results or settings.question not in ("all", *results):
-        raise UserError("no record has these settings; there are: "
+                found[name] = experiments
+        is_asked = settings.question in (question_id, "all")
+        if len(found) > 1 or (found and is_asked):
+            results[question_id] = {
+                name: choose_experiment(f"Question {question_id}, {name}", experiments, trained)
+                for name, experiments in found.items()}
+    if not results or (settings.question != "all" and settings.question not in results):
+        raise UserError("no record has these settings; the records have: "
                         f"{list_experiments(group_experiments(records))}")
     shown = {record["digest"] for record in all_records(results)}
     left_out = {name: group for name, group in group_experiments(records).items()
                 if group[0]["digest"] not in shown}
     if left_out:
-        sentences.append(f"Left out: {list_experiments(left_out)} (--redraw without a question "
-                         "shows all)")
-    for sentence in without_repeats(sentences):
-        print(sentence)
+        print(f"Left out: {list_experiments(left_out)} (--redraw without a question shows all)")
     return results
 
 def fits(record, settings):
@@ -1672,15 +1682,20 @@ def fits(record, settings):
         return False
     return settings.precision == "auto" or settings.precision == identity.get("precision")
 
-def choose_experiment(experiments, trained):
-    """The name of the experiment that was just trained, or else of the one with the most seeds; if
-    several have as many, of the latest of them."""
+def choose_experiment(row, experiments, trained):
+    """The records of the experiment that was just trained, or else of the one with the most seeds;
+    if several have as many, of the latest of them. Prints which it is, unless there is only one."""
     just_trained = {record["digest"] for record in trained}
+    most_seeds = max(len(records) for records in experiments.values())
+    for name, records in experiments.items():  # the latest comes last
+        if len(records) == most_seeds:
+            chosen = name
     for name, records in experiments.items():
         if records[0]["digest"] in just_trained:
-            return name
-    most_seeds = max(len(records) for records in experiments.values())
-    return [name for name, records in experiments.items() if len(records) == most_seeds][-1]
+            chosen = name
+    if len(experiments) > 1:
+        print(f"{row}: of {list_experiments(experiments)} {chosen} is shown")
+    return experiments[chosen]
 
 def list_experiments(experiments):
     """The names of experiments with their numbers of seeds, as a text."""
@@ -1857,7 +1872,7 @@ def judge_against_rivals(claim, ours, results):
 
     It holds if it holds against each (intersection-union test, Berger 1982). It does not hold if it
     fails against one; as this one is chosen after the fact, its interval has to be wider
-    (Bonferroni's correction). Otherwise the Verdict is that on the strongest rival.
+    (Bonferroni's correction).
     """
     verdicts, missing = [], []
     for rival in claim.rivals:
@@ -1870,14 +1885,21 @@ def judge_against_rivals(claim, ours, results):
         outcome = outcome_of(claim, difference, corrected, min(len(ours), len(theirs)))
         verdicts.append(Verdict(claim, outcome, rival, [np.mean(ours), np.mean(theirs)], difference,
                                 f"{len(ours)} and {plural(len(theirs), 'seed')}"))
-    verdicts.sort(key=lambda verdict: verdict.difference.mean)
-    for outcome in "does not hold", "undecided", "too few seeds", "holds":
-        found = [verdict for verdict in verdicts if verdict.outcome == outcome]
-        if found and missing and outcome in ("too few seeds", "holds"):
-            return replace(found[0], outcome="not measured", seeds=f"missing: {', '.join(missing)}")
-        if found:
-            return found[0]
-    return None
+    if not verdicts:
+        return None
+    verdicts.sort(key=lambda verdict: verdict.difference.mean)  # the strongest rival comes first
+    first = {}  # {outcome: the first verdict with it}
+    for verdict in verdicts:
+        first.setdefault(verdict.outcome, verdict)
+    if "does not hold" in first:
+        return first["does not hold"]
+    if "undecided" in first:
+        return first["undecided"]
+    if missing:
+        return replace(verdicts[0], outcome="not measured", seeds=f"missing: {', '.join(missing)}")
+    if "too few seeds" in first:
+        return first["too few seeds"]
+    return first["holds"]
 
 def outcome_of(claim, difference, corrected, num_seeds):
     """What a difference says about a claim. corrected: with a wider interval, for "does not hold";
@@ -2150,10 +2172,7 @@ def plot_experiment(records, folder, data):
     return pictures(names, folder)
 
 def show_questions(settings, questions, claims, summary, results, draw, folder, data):
-    """Draw the questions that are asked, and those with two recorded rows; write the page. Returns
-    their records."""
-    results = {number: rows for number, rows in results.items()
-               if settings.question in (number, "all") or len(rows) > 1}
+    """Draw the results of questions, and write their page. Returns their records."""
     records = all_records(results)
     verdicts = [verdict for verdict in (judge(claim, results) for claim in claims) if verdict]
     given = [f" --{name}={getattr(settings, name)}" for name in sorted(settings.given)
