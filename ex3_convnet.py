@@ -40,7 +40,7 @@ results = "figures"  # the folder of records, tables and figures
 device = "auto"  # auto: CUDA where there is one
 precision = "auto"  # float32, bfloat16 or float16; auto: the one that is fast here
 compile = False  # torch.compile: 10 s to a minute more to start; measure whether it pays
-deterministic = False  # on CUDA: the same numbers every time, but slower; a CPU always is
+deterministic = False  # the same numbers every time on CUDA, too, as on a CPU, but slower
 resume = False  # go on with an interrupted run from its latest checkpoint
 question = "none"  # run all of a question of the report
 seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
@@ -123,8 +123,8 @@ def train(settings, data, dtype):
     scaler = torch.amp.GradScaler(data.images.device.type, enabled=dtype == torch.float16)
     stopper = utils.make_stopper(settings)
     run = utils.Run(settings, run_title(settings), data, dtype, model, optimizer, scheduler)
-    if run.is_recorded():
-        return utils.load_record(run.record_path)
+    if record := run.find_record():
+        return record
     run.show_start()
     utils.prepare_model(model, settings, dtype)
     checkpoint = utils.Checkpoint(run, checkpoint_name(settings), stopper, model=model,
@@ -141,7 +141,7 @@ def train(settings, data, dtype):
         val_loss, val_accuracy = utils.evaluate(model, data.batches(data.val), dtype)
         numbers = {"train_loss": train_loss, "train_accuracy": train_accuracy,
                    "val_loss": val_loss, "val_accuracy": val_accuracy}
-        if augment:  # on augmented images, too, as the report probably measured it
+        if augment:  # also on augmented images, as the report probably measured it
             augment = utils.make_augment(settings.augmentation, val_generator)
             batches = data.batches(data.val, augment=augment)
             _, numbers["val_accuracy_augmented"] = utils.evaluate(model, batches, dtype)
@@ -283,30 +283,30 @@ CLAIMS = [  # the report's own conclusions first
 
 # =========================================== figures ===========================================
 
-def draw(number, results, folder, data):
+def draw(question_id, results, folder, data):
     """Draw the figures of a question; of a question that you have added, learning curves. results:
     {row: records}; data: for the picture of the techniques, or None."""
-    reports = QUESTIONS[number].reports(results)
-    if number == "1":
+    reports = QUESTIONS[question_id].reports(results)
+    if question_id == "1":
         first = results["without batch norm"][0]
         utils.plot_filters(first, folder / "figure_1_2_filters.png", first["title"])
-    elif number == "2a":
+    elif question_id == "2a":
         utils.plot_learning_curves(results, "Figures 3 and 4: ConvNet", folder / "figure_3_4.png",
                                    reports, lowest=40)
-    elif number == "2b":
+    elif question_id == "2b":
         plot_early_stopping(results, reports, folder / "figure_5.png")
-    elif number == "3a":
+    elif question_id == "3a":
         plot_techniques(results, reports, folder / "figure_6.png")
         if data:
             plot_augmented_images(data, folder / "figure_6_techniques.png")
-    elif number == "3b":
+    elif question_id == "3b":
         plot_dropout(results, reports, folder / "figure_7.png")
     else:
-        utils.plot_learning_curves(results, QUESTIONS[number].text,
-                                   folder / f"figure_{number}.png")
+        utils.plot_learning_curves(results, QUESTIONS[question_id].text,
+                                   folder / f"figure_{question_id}.png")
 
 def plot_early_stopping(results, reports, path):
-    """Figure 5: accuracy curves; a star is a seed's best epoch, a square where it stopped early."""
+    """Figure 5: accuracy curves. A star marks a seed's best epoch, a square an early stop."""
     figure, axes = utils.new_figure(len(results), 2, 5, 3.6, sharey=True)
     for ax, (name, records) in zip(axes, results.items()):
         utils.draw_curves(ax, records, "accuracy")
@@ -331,9 +331,9 @@ def plot_techniques(results, reports, path):
         utils.draw_report(ax, reports[name], len(records[0]["history"]["val_loss"]))
         plain = np.mean(utils.values_of(records, "val_accuracy"))
         augmented = np.mean(utils.values_of(records, "val_accuracy_augmented"))
-        numbers = f"{plain:.1f}"
-        if augmented != plain:
-            numbers = f"{augmented:.1f} augmented, {plain:.1f} plain"
+        numbers = f"{augmented:.1f} augmented, {plain:.1f} plain"
+        if records[0]["settings"].get("augmentation", "none") == "none":
+            numbers = f"{plain:.1f}"
         ax.set_title(f"{name}: {numbers}", fontsize=9)
         if reports[name]:
             ax.set_ylim(40, 101)

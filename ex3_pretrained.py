@@ -23,7 +23,7 @@ from utils import Claim, Question, Row
 # --- experiment -------------------------------------------------------------------------------
 pretrained = "imagenet"  # imagenet, none (from scratch, 4b), or the path of weights: see README
 fine_tune = True  # train the pretrained part, too; False: only the new layers (4a)
-frozen_norm = "eval"  # of the frozen batch norm layers: eval; or train, as in the exercise
+frozen_norm = "eval"  # mode of the frozen batch norm layers: eval, or train as in the exercise
 earlystop = True  # stop when validation stops improving; keep the best model
 patience = 10  # stop after this many epochs without improvement; 0: never stop early
 monitor = "accuracy"  # what early stopping watches: validation accuracy or loss
@@ -46,7 +46,7 @@ results = "figures"  # the folder of records, tables and figures
 device = "auto"  # auto: CUDA where there is one
 precision = "auto"  # float32, bfloat16 or float16; auto: the one that is fast here
 compile = False  # torch.compile: 10 s to a minute more to start; measure whether it pays
-deterministic = False  # on CUDA: the same numbers every time, but slower; a CPU always is
+deterministic = False  # the same numbers every time on CUDA, too, as on a CPU, but slower
 resume = False  # go on with an interrupted run from its latest checkpoint
 question = "none"  # run all of a question of the report
 seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
@@ -66,10 +66,10 @@ HIDDEN = 256
 class VGG(nn.Module):
     """torchvision's VGG11-BN features, averaged to one vector, and two new linear layers.
 
-    (B, 3, S, S) images to (B, num_classes) logits. S is at least 32, where the features are one
-    vector already. fine_tune=False freezes the features; their batch norm layers then run in eval
-    mode, so that the features are a fixed function of the image, or with frozen_norm="train"
-    normalize by the batch and follow the data, as in the exercise's template.
+    (B, 3, S, S) images to (B, num_classes) logits; S is at least 32. fine_tune=False freezes the
+    weights of the features. Their batch norm layers then run in eval mode, so that the features are
+    a fixed function of the image. With frozen_norm="train", as in the exercise's template, these
+    layers normalize by the statistics of the batch, and their running statistics change.
     """
 
     def __init__(self, fine_tune=True, frozen_norm="eval", num_classes=10):
@@ -105,7 +105,7 @@ def build_model(settings, num_classes):
     return model
 
 def init_head(model):
-    """Initialize the new layers as the exercise's template does, if nothing is pretrained."""
+    """Initialize the new layers as the exercise's template does for training from scratch."""
     for layer in model.head:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=1e-3)
@@ -125,9 +125,9 @@ def make_optimizer(model, settings):
 def load_features(model, pretrained):
     """Put pretrained weights into the features of a network; returns the hash of their file.
 
-    pretrained: "imagenet" for torchvision's; the path of a state dict of a VGG11-BN, in any float
-    type, of its features.* only, or of a checkpoint of this script; "none": leaves the network as
-    it is and returns None. Raises utils.UserError.
+    pretrained: "imagenet" for torchvision's weights; or the path of a state dict of a VGG11-BN, or
+    of its features.* only, or of a checkpoint of this script. "none" leaves the network as it is
+    and returns None. Raises utils.UserError.
     """
     if pretrained == "none":
         return None
@@ -179,8 +179,8 @@ class FeatureData(utils.Data):
 
 def cache_features(model, data, augmentation, dtype):
     """The network to train and the data to train it on: the head and FeatureData if the features
-    are fixed and there is no augmentation but mirroring, else the model and data as they are.
-    Batches draw one number per image, as flip does: the same images are mirrored."""
+    are fixed and no augmentation but mirroring is used, otherwise the model and data as they are.
+    FeatureData mirrors the same images as flip would: both draw one number for each image."""
     if not model.fixed or augmentation not in ("none", "horizontal_flip"):
         return model, data
     flip = utils.AUGMENTATIONS["horizontal_flip"].keywords  # dim and p
@@ -228,19 +228,19 @@ def train(settings, data, dtype):
     """One run: a new network, trained and tested. Returns its record. data: a utils.Data."""
     torch.manual_seed(settings.seed)
     model = build_model(settings, len(data.classes)).to(data.images.device)
-    sha256 = load_features(model, settings.pretrained)  # of the file
+    digest = load_features(model, settings.pretrained)  # of the weights
     optimizer, scheduler = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(data.images.device.type, enabled=dtype == torch.float16)
     stopper = utils.make_stopper(settings)
-    run = utils.Run(settings, run_title(settings), data, dtype, model, optimizer, scheduler, sha256)
-    if run.is_recorded():
-        return utils.load_record(run.record_path)
+    run = utils.Run(settings, run_title(settings), data, dtype, model, optimizer, scheduler, digest)
+    if record := run.find_record():
+        return record
     run.show_start()
     utils.prepare_model(model, settings, dtype)
     checkpoint = utils.Checkpoint(run, checkpoint_name(settings), stopper, model=model,
                                   optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     first_epoch = checkpoint.restore() + 1
-    net, data = cache_features(model, data, settings.augmentation, dtype)
+    net, data = cache_features(model, data, settings.augmentation, dtype)  # net: a part of model
 
     for epoch in range(first_epoch, settings.num_epochs + 1):
         if stopper and stopper.should_stop:
@@ -252,7 +252,7 @@ def train(settings, data, dtype):
         val_loss, val_accuracy = utils.evaluate(net, data.batches(data.val), dtype)
         numbers = {"train_loss": train_loss, "train_accuracy": train_accuracy,
                    "val_loss": val_loss, "val_accuracy": val_accuracy}
-        if augment:  # on augmented images, too, as the report probably measured it
+        if augment:  # also on augmented images, as the report probably measured it
             augment = utils.make_augment(settings.augmentation, val_generator)
             batches = data.batches(data.val, augment=augment)
             _, numbers["val_accuracy_augmented"] = utils.evaluate(net, batches, dtype)
@@ -324,12 +324,12 @@ CLAIMS = [  # the report's own conclusions first
 
 # =========================================== figures ===========================================
 
-def draw(number, results, folder, data):
+def draw(question_id, results, folder, data):
     """Draw the figures of a question. results: {name: records}; data: not needed here."""
-    question = QUESTIONS[number]
-    names = question.figures or (f"figure_{number}.png",)
+    question = QUESTIONS[question_id]
+    names = question.figures or (f"figure_{question_id}.png",)
     titles = {"4a": "Figure 8: VGG11-BN", "4b": "Figures 9 and 10: VGG11-BN"}
-    utils.plot_learning_curves(results, titles.get(number, question.text), folder / names[0],
+    utils.plot_learning_curves(results, titles.get(question_id, question.text), folder / names[0],
                                question.reports(results), lowest=60)
 
 

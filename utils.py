@@ -1,11 +1,14 @@
-"""What ex3_convnet.py and ex3_pretrained.py share, in the order in which a reader needs it: data,
-augmentation, training, early stopping and checkpoints, runs and records, comparing runs, figures,
-the report's questions and conclusions, settings, running a script, prediction, device.
+"""What ex3_convnet.py and ex3_pretrained.py share. Its sections are: data, augmentation, training,
+early stopping and checkpoints, runs and records, comparing runs, figures, the report's questions
+and conclusions, settings, running a script, prediction, device.
 
-A run is one training; it leaves a record, a JSON file. A run's identity is everything except its
-seed that determines its numbers; a digest of the identity is part of its files' names. Runs with
-the same identity are an experiment. A question of the report has rows, each of them an experiment,
-and a claim compares rows.
+Some words have a fixed meaning here:
+
+- A run is one training. It leaves a record, which is a JSON file.
+- The identity of a run is everything, apart from the seed, that determines its numbers. A digest of
+  it is part of the names of the run's files.
+- An experiment is all runs with the same identity.
+- A question of the report has rows, each of which is an experiment. A claim compares rows.
 """
 
 import argparse
@@ -97,24 +100,27 @@ class Data:
         return images.sub(self.mean).div_(self.std), self.labels[indices]
 
     def batches(self, indices, batch_size=None, order_generator=None, augment=None):
-        """The images of these indices in Batches. batch_size: None for one that suits evaluation;
-        order_generator: shuffles images for training, None keeps their order; augment: see
+        """Batches of the images with these indices. batch_size: None for one that suits evaluation;
+        order_generator: shuffles the images, for training; None keeps their order; augment: see
         make_augment."""
         if order_generator is not None:
             order = torch.randperm(len(indices), generator=order_generator)
             indices = indices[order.to(indices.device, non_blocking=True)]
         batch_size = batch_size or self.scaled_batch_size(250)
         parts = list(indices.split(batch_size))
-        is_training = order_generator is not None
-        if is_training and batch_size > 1 and len(parts) > 1 and len(parts[-1]) == 1:
-            # Batch norm cannot train on one image: the last batch joins the one before it.
-            last = parts.pop()
-            parts[-1] = torch.cat([parts[-1], last])
+        if order_generator is not None and batch_size > 1:
+            parts = without_single_image(parts)
         return Batches(self, parts, augment)
 
     def scaled_batch_size(self, batch_size):
         """A batch size for images of 32 pixels, scaled so that larger images use no more memory."""
         return max(1, batch_size * 32**2 // self.images.shape[-1]**2)
+
+def without_single_image(parts):
+    """Join a last batch of one image to the one before it: batch norm cannot train on one image."""
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        return [*parts[:-2], torch.cat(parts[-2:])]
+    return parts
 
 @dataclass
 class Batches:
@@ -177,7 +183,8 @@ def data_slug(name, fingerprint):
     return f"{slug(name)}-{fingerprint[:4]}" if is_image_folder(name) else slug(name)
 
 def results_folder(settings, name, fingerprint=""):
-    """The folder of a script's results, in cifar-10 or, with 500 training images, cifar-10-500."""
+    """The folder of a script's results: figures/cifar-10/ex3_convnet or, with 500 training images,
+    figures/cifar-10-500/ex3_convnet."""
     folder = data_slug(name, fingerprint)
     if settings.num_training:
         folder += f"-{settings.num_training}"
@@ -219,7 +226,8 @@ def read_cifar10(folder):
     try:  # torchvision checks every file before it unpickles it
         train, test = CIFAR10(folder, train=True), CIFAR10(folder, train=False)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{python_folder} is incomplete or damaged: delete it") from error
+        raise UserError(f"{python_folder} is incomplete or damaged: delete it and start "
+                        "again") from error
     return np.concatenate([train.data, test.data]), np.array(train.targets + test.targets)
 
 def read_binary_cifar10(folder):
@@ -227,7 +235,7 @@ def read_binary_cifar10(folder):
     files = sorted(folder.glob("*.bin"))  # the test batch comes last
     content = b"".join(path.read_bytes() for path in files)
     if not hashlib.sha256(content).hexdigest().startswith(CIFAR10_BINARY_SHA256):
-        raise UserError(f"{folder} is incomplete or damaged: delete it")
+        raise UserError(f"{folder} is incomplete or damaged: delete it and start again")
     # Each image is a byte for its label, then 1,024 bytes each of red, green and blue.
     rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
     images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -238,7 +246,8 @@ def download_cifar10(folder):
     socket.setdefaulttimeout(15)  # seconds without data before we try the next mirror
     for url in CIFAR10_MIRRORS:
         try:
-            download_and_extract_archive(url, str(folder), None, CIFAR10.filename, CIFAR10.tgz_md5)
+            download_and_extract_archive(url, str(folder), filename=CIFAR10.filename,
+                                         md5=CIFAR10.tgz_md5)
             return
         except Exception as error:  # each library raises exceptions of its own
             problem = error
@@ -287,26 +296,29 @@ def read_image_folder(folder, size):
 IGNORED_PREFIXES = (".", "@", "__", "Thumbs.db", "desktop.ini")
 
 def find_classes(folder, known_names=()):
-    """The images in each folder of a folder, {class: paths}. Names that are known keep their
-    spelling. Raises UserError."""
+    """The images of each class, {class: paths}. The folder has a folder for each; a class that is
+    in known_names is spelt as it is there. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: --dataset is cifar10, synthetic or a folder "
                         "with train/<class>/ and test/<class>/")
-    spelling = {class_key(name): name for name in known_names}
+    spellings = {class_key(name): name for name in known_names}
     classes = {}
     for path in sorted(folder.iterdir()):
         if not path.is_dir() or path.name.startswith(IGNORED_PREFIXES):
             continue
-        name = spelling.setdefault(class_key(path.name), path.name)
-        if name in classes:
-            raise UserError(f"{folder} has two folders for the class {name}: rename one")
-        classes[name] = find_images(path)
+        key = class_key(path.name)
+        if key not in spellings:
+            spellings[key] = path.name
+        elif spellings[key] in classes:
+            raise UserError(f"{folder} has two folders for the class {spellings[key]}: rename one")
+        classes[spellings[key]] = find_images(path)
     return classes
 
 def class_key(name):
-    """The same text for all spellings of a class: without case, and in one form of Unicode, since
-    macOS writes "ä" in another form than Linux. Casefolding can change the form again."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    """The name of a class as it is compared: without case, and in one form of Unicode, since macOS
+    writes "ä" in another form than Linux."""
+    name = unicodedata.normalize("NFC", name).casefold()
+    return unicodedata.normalize("NFC", name)  # casefold() can change the form again
 
 def find_images(folder):
     """The files in a folder and in those below it, sorted; links to folders are not followed."""
@@ -364,7 +376,7 @@ def read_image(path, size):
     except Exception as error:  # Pillow raises almost any exception on damaged files
         raise UserError(f"{path} ({error})") from error
 
-SHAPES = {  # class: matplotlib's marker of this shape
+SHAPES = {  # class: matplotlib's marker of this shape; the order decides the labels
     "cross": "X", "diamond": "D", "disk": "o", "pentagon": "p", "plus": "P", "rhombus": "d",
     "square": "s", "star": "*", "triangle down": "v", "triangle up": "^"}
 
@@ -372,9 +384,9 @@ def make_synthetic(num_train=5000, num_test=1000, size=32):
     """Draw the synthetic data set: ten bright shapes of random colour, position, size and rotation
     on dark backgrounds. Returns what read_data does.
 
-    It is the same on every machine, as RandomState's numbers never change. Another order of the
-    draws changes the data. A diamond is a square turned by 45 degrees, a cross nearly a
-    plus: with these rotations about 90 % accuracy is the most that can be reached.
+    It is the same on every machine, as RandomState's numbers never change. Do not reorder the
+    draws: that would change the data. A square turned by 30 degrees is a diamond turned by -15, and
+    a cross is nearly a plus: no network can tell all of them apart.
     """
     random = np.random.RandomState(0)
     markers = [MarkerStyle(marker) for marker in SHAPES.values()]
@@ -448,7 +460,7 @@ def scale(images, generator, low, high):
     return affine_sample(images, [[1 / factor, 0, 0], [0, 1 / factor, 0]])
 
 def resize_crop(images, generator, ratio):
-    """Enlarge by a ratio (bilinear), then crop the old size at a random place."""
+    """Enlarge by a ratio (bilinear), then crop to the old size at a random place."""
     side = images.shape[-1]
     enlarged = round(ratio * side)
     max_offset = enlarged - side  # of the crop's left and top edge, in pixels
@@ -470,8 +482,9 @@ def blend(images, others, factor):
     return (factor * images + (1 - factor) * others).clamp(0, 1)
 
 def adjust_hue(images, shift):
-    """Shift the hue of each image by a fraction (B, 1, 1, 1) of the colour circle, -0.5 to 0.5.
-    Source: https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative"""
+    """Shift the hue of each image by a fraction (B, 1, 1, 1) of the colour circle, -0.5 to 0.5. The
+    way back from the hue to a channel is the function f(n) of
+    https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative"""
     red, green, blue = images.split(1, dim=1)
     value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     chroma = value - low
@@ -481,11 +494,12 @@ def adjust_hue(images, shift):
     hue = torch.where(value == green, 2 + (blue - red) / divisor, hue)
     hue = torch.where(value == red, (green - blue) / divisor, hue)
 
-    def channel(offset):
-        k = (offset + hue + 6 * shift) % 6
+    def f(n):
+        k = (n + hue + 6 * shift) % 6
         return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
-    return torch.cat([channel(5), channel(3), channel(1)], dim=1)
+    red, green, blue = f(5), f(3), f(1)
+    return torch.cat([red, green, blue], dim=1)
 
 def color_jitter(images, generator, brightness, contrast, saturation, hue):
     """Change brightness, contrast and saturation by a random factor of 1 ± the argument, the hue by
@@ -544,17 +558,20 @@ def seed_epoch(seed, epoch):
     Returns three generators: for the order of the training images, for their augmentation, and for
     that of the validation images. Dropout draws from PyTorch's own generator, which is seeded, too.
     """
-    order_seed, augment_seed, val_seed, dropout_seed = [
-        int(np.random.SeedSequence((seed, epoch, purpose)).generate_state(1)[0])
-        for purpose in range(4)]
-    torch.manual_seed(dropout_seed)
-    return (torch.Generator().manual_seed(order_seed), torch.Generator().manual_seed(augment_seed),
-            torch.Generator().manual_seed(val_seed))
+    order_generator = torch.Generator().manual_seed(epoch_seed(seed, epoch, purpose=0))
+    augment_generator = torch.Generator().manual_seed(epoch_seed(seed, epoch, purpose=1))
+    val_generator = torch.Generator().manual_seed(epoch_seed(seed, epoch, purpose=2))
+    torch.manual_seed(epoch_seed(seed, epoch, purpose=3))
+    return order_generator, augment_generator, val_generator
+
+def epoch_seed(seed, epoch, purpose):
+    """A seed that differs for each seed of a run, epoch and purpose."""
+    return int(np.random.SeedSequence((seed, epoch, purpose)).generate_state(1)[0])
 
 def train_one_epoch(model, batches, optimizer, scaler, dtype):
-    """One pass over the training images. Returns mean loss and accuracy (0..1), measured during the
-    training: of augmented images, in train mode. scaler: a GradScaler, which changes nothing unless
-    dtype is float16."""
+    """One pass over the training images. Returns mean loss and accuracy (0..1), measured on the
+    batches that are trained on, so with augmentation and dropout. scaler: a GradScaler, which
+    changes nothing unless dtype is float16."""
     model.train()
     device = next(model.parameters()).device
     # The sums stay on the device: reading a number from a GPU means waiting for it.
@@ -722,8 +739,8 @@ class Checkpoint:
             self.save()
 
     def restore(self):
-        """With --resume continue from the latest checkpoint, without it start anew. Returns the
-        last epoch that is done, 0 if none is. Raises UserError if the checkpoint does not fit."""
+        """With --resume continue from the latest checkpoint, without it start from scratch. Returns
+        how many epochs are done. Raises UserError if the checkpoint does not fit."""
         if not self.run.settings.resume:
             self.keep_earlier()
             return 0
@@ -731,7 +748,7 @@ class Checkpoint:
             print(f"There is no {self.latest} yet: starting at epoch 1")
             return 0
         state = load_checkpoint(self.latest)
-        if not state.keys() >= {*self.parts, "history"}:
+        if any(name not in state for name in (*self.parts, "history")):
             raise UserError(f"{self.latest} was written by another version of the project: "
                             "leave out --resume")
         if state["epoch"] > self.run.settings.num_epochs:
@@ -744,8 +761,8 @@ class Checkpoint:
         return state["epoch"]
 
     def keep_earlier(self):
-        """Rename the checkpoint of an earlier run, which this run would overwrite, unless one of
-        more epochs is kept already."""
+        """Rename the checkpoint of an earlier run, which this run would overwrite; but do not lose
+        a renamed one that has more epochs."""
         kept = self.latest.with_suffix(".old.ckpt")
         if not self.latest.exists():
             return
@@ -779,8 +796,8 @@ def atomic_write(path):
 
 
 # ========== runs and records ==========
-# Runs with the same identity compute the same, except for their seeds. Its digest is part of all
-# names of files: after a change of make_identity or canonical no published record is found.
+# Runs with the same identity and seed compute the same. The identity is made by make_identity. If
+# you change how, the published records no longer match; test_records.py tells you so.
 
 class Run:
     """One training run: what it computes, what it has measured so far, and how it is recorded."""
@@ -812,16 +829,18 @@ class Run:
             "torch": str(torch.__version__), "commit": git_commit(f"{settings.script}.py"),
             "code": settings.code}
 
-    def is_recorded(self):
-        """Whether a question can skip this run, as its record is there; prints it."""
-        if self.settings.question == "none" or self.settings.rerun or not self.old_record():
-            return False
-        print(f"{self.metadata['title']}, seed {self.settings.seed}: recorded already (--rerun "
-              "trains it again, for example after you have changed a layer's code or the loss)")
-        return True
+    def find_record(self):
+        """The record of this run, if a question can skip the run because of it; otherwise None."""
+        if self.settings.question == "none" or self.settings.rerun:
+            return None
+        record = self.old_record()
+        if record:
+            print(f"{record['title']}, seed {record['seed']}: recorded already (--rerun trains it "
+                  "again, for example after you have changed a layer's code or the loss)")
+        return record
 
     def old_record(self):
-        """The record that this run would replace; None if there is none, or a damaged one."""
+        """The record that this run would replace; None if there is none or it is damaged."""
         try:
             return load_record(self.record_path)
         except UserError:
@@ -933,23 +952,20 @@ def make_identity(settings, data, model, optimizer, scheduler, weights):
         "weights": weights})
 
 IGNORED_KEYS = {
-    "fused", "foreach", "capturable", "differentiable",  # the speed of an optimizer
-    "params", "training", "last_epoch"}  # the state of an optimizer, a layer, a schedule
+    "fused", "foreach", "capturable", "differentiable",  # how fast an optimizer is
+    "params", "training", "last_epoch"}  # the state of an optimizer, a layer and a schedule
 
 def canonical(value):
-    """A value as JSON has it, without entries that are off: False, 0, "none", ... Otherwise a new
-    setting, or an attribute that only newer versions of PyTorch give to their layers, would change
-    the identity of every run."""
+    """A value in the form that it has in an identity."""
+    return without_off(plain_value(value))
+
+def plain_value(value):
+    """A value as JSON has it: a tuple is a list, 2.0 is 2, a function is its name; what is no plain
+    value is None."""
     if isinstance(value, dict):
-        entries = {}
-        for key, part in value.items():
-            part = canonical(part)
-            is_ignored = key in IGNORED_KEYS or str(key).startswith("_")
-            if not is_ignored and not is_off(part):
-                entries[key] = part
-        return entries
+        return {key: plain_value(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [canonical(part) for part in value]
+        return [plain_value(part) for part in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, (bool, int, float, str)):
@@ -957,6 +973,22 @@ def canonical(value):
     if inspect.isroutine(value):  # such as self.activation = torch.tanh
         return value.__name__
     return None
+
+def without_off(value):
+    """A plain value without those entries of dicts that are ignored or off. With them, a new
+    setting, or an attribute that only newer versions of PyTorch give to their layers, would change
+    the identity of every run."""
+    if isinstance(value, list):
+        return [without_off(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    entries = {}
+    for key, part in value.items():
+        part = without_off(part)
+        is_ignored = key in IGNORED_KEYS or str(key).startswith("_")
+        if not is_ignored and not is_off(part):
+            entries[key] = part
+    return entries
 
 def is_off(value):
     return value in (False, 0, None, "none", "auto", {}, [])
@@ -1019,21 +1051,19 @@ def check_record(record):
     datetime.fromisoformat(record["finished"])
     decode_filters(record["filters"]["before"])
     decode_filters(record["filters"]["after"])
-    for text in (record["title"], record["data"], record["device"], record["precision"],
-                 identity["layers"][0]["class"], identity["optimizer"][0]["name"],
-                 identity["schedule"]["name"], *record["classes"]):
-        if not isinstance(text, str):
-            raise TypeError(text)
-    for accuracy in result["test_accuracy"], result["val_accuracy"], *history["val_accuracy"]:
-        if not 0 <= accuracy <= 1:
-            raise ValueError(accuracy)
-    for count in len(history["val_loss"]), result["model_size"], identity["data"]["train"]:
-        if not count > 0:
-            raise ValueError(count)
-    if canonical(record["settings"]) != identity["settings"] or sum(history["seconds"]) < 0:
-        raise ValueError(record["settings"])
-    if not isinstance(record["seed"], int):
-        raise TypeError(record["seed"])
+    texts = [record["title"], record["data"], record["device"], record["precision"],
+             identity["layers"][0]["class"], identity["optimizer"][0]["name"],
+             identity["schedule"]["name"], *record["classes"]]
+    accuracies = [result["test_accuracy"], result["val_accuracy"], *history["val_accuracy"]]
+    counts = [len(history["val_loss"]), result["model_size"], identity["data"]["train"]]
+    is_right = (all(isinstance(text, str) for text in texts)
+                and all(0 <= accuracy <= 1 for accuracy in accuracies)
+                and all(count > 0 for count in counts)
+                and all(seconds >= 0 for seconds in history["seconds"])
+                and isinstance(record["seed"], int)
+                and canonical(record["settings"]) == identity["settings"])
+    if not is_right:
+        raise ValueError("a value of the wrong kind")
 
 def load_records(folder):
     """All records in a folder and in those below it, one of each identity and seed: where there are
@@ -1103,7 +1133,7 @@ def name_experiments(records):
     return names
 
 def describe(record):
-    """The settings of a run and what else its code sets, {name: value}."""
+    """What experiments can be named after, {name: value}: settings, and what the code sets."""
     identity = record["identity"]
     return {**record["settings"], "optimizer": identity["optimizer"][0]["name"],
             "schedule": identity["schedule"]["name"], "weights": record["pretrained"],
@@ -1111,7 +1141,7 @@ def describe(record):
             "precision": identity.get("precision", "auto")}
 
 def layers_to_compare(record):
-    """The layers of a run without batch norm and dropout, which have settings of their own."""
+    """The layers of a run's network, except batch norm and dropout, which settings tell of."""
     return [layer for layer in record["identity"]["layers"]
             if not re.search("Norm|Dropout", layer["class"])]
 
@@ -1203,7 +1233,7 @@ def compare_last_two(experiments):
         return (f"Accuracies vary with the seed: run {MIN_SEEDS} seeds of each (--seeds="
                 f"{MIN_SEEDS}) to see whether the last two runs really differ.")
     is_real = difference.low > 0 or difference.high < 0
-    words = "more than chance" if is_real else "which could be chance"
+    words = "a real difference" if is_real else "which could be chance"
     return f"{last} against {before}: {difference} points of test accuracy, {words}."
 
 def flatten(lists):
@@ -1226,8 +1256,8 @@ def markdown_table(rows):
     return lines
 
 def write_csv(records, path):
-    """A line for each record, for pandas. Settings that older records lack are written as off: 0,
-    False or none."""
+    """A line for each record, for pandas. A setting that an older record lacks was off: it is
+    written as 0, False or none."""
     off = {}
     for record in records:
         for name, value in record["settings"].items():
@@ -1306,8 +1336,8 @@ def save_figure(figure, title, path, records=(), legend_axes=()):
     plt.close(figure)
 
 def caption(records):
-    """Data, weights, recipe, precision and machine of the runs in a figure, except those with more
-    than four values."""
+    """Data, weights, recipe, precision and machine of the runs in a figure. What has more than four
+    values there is left out."""
     described = []
     for record in records:
         settings = record["settings"]
@@ -1340,7 +1370,8 @@ def drawable(text):
     return text
 
 def first_filters(model):
-    """The weights of the first convolution for a record: float16 as a text, and (N, 3, K, K)."""
+    """The weights of the first convolution, for a record: float16 in base64, and their shape
+    (N, 3, K, K)."""
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     weights = np.empty((0, 3, 3, 3), np.float16)  # of a network without convolutions
     if layers:
@@ -1452,7 +1483,7 @@ def mean_curve(curves):
     return np.mean([curve[:epochs] for curve in curves], axis=0)
 
 def draw_curve(ax, curve, width, **style):
-    """A line over the epochs; of a single epoch a point."""
+    """A line over the epochs, or a point if there is only one."""
     marker = "o" if len(curve) == 1 else ""
     ax.plot(range(1, len(curve) + 1), curve, linewidth=width, marker=marker, **style)
 
@@ -1468,7 +1499,7 @@ def draw_report(ax, report, x):
 
 def plot_learning_curves(runs, title, path, reports=None, lowest=0):
     """Loss and accuracy over the epochs, a row for each of the runs {name: records}. reports:
-    {name: the report's numbers}; lowest: of the accuracies (%) that are drawn with them."""
+    {name: the report's numbers}; lowest: where the axis of accuracies (%) begins with them."""
     figure, axes = new_figure(2 * len(runs), 2, 5, 3, sharex="col", sharey="col")
     for i, (name, records) in enumerate(runs.items()):
         loss, accuracy = axes[2 * i], axes[2 * i + 1]
@@ -1520,12 +1551,12 @@ def plot_summary(summary, questions, results, path):
     """Draw what each technique is worth: test accuracies, a line for each row of the summary that
     has records; nothing for fewer than two rows. summary: {label: (question, row)}."""
     labels, rows, reports = [], [], []
-    for label, (number, name) in summary.items():
-        if name in results.get(number, {}):
-            records = results[number][name]
+    for label, (question_id, name) in summary.items():
+        if name in results.get(question_id, {}):
+            records = results[question_id][name]
             labels.append(f"{label} ({plural(len(records), 'seed')})")
             rows.append(records)
-            reports.append(questions[number].reports(results[number])[name])
+            reports.append(questions[question_id].reports(results[question_id])[name])
     if len(rows) < 2:
         return
     figure, (ax,) = new_figure(1, 1, 8.5, 0.55 * len(rows))
@@ -1536,7 +1567,7 @@ def plot_summary(summary, questions, results, path):
     save_figure(figure, "What each technique is worth", path, flatten(rows), [ax])
 
 def plot_conclusions(verdicts, path, with_report):
-    """Do we come to the report's conclusions? A line for each Verdict: our difference with its 95 %
+    """Do we reach the report's conclusions? A line for each Verdict: our difference with its 95 %
     interval, and the report's."""
     figure, (ax,) = new_figure(1, 1, 9, 0.42 * len(verdicts))
     ax.axvline(0, color="0.4", linewidth=1)
@@ -1596,8 +1627,8 @@ class Question:
                 for row in self.rows if row.name in results}
 
     def settings_of_rows(self, settings):
-        """{row: its settings}. Changes of a row override flags of the command line, these override
-        defaults of the question, and these override the settings at the top of the script."""
+        """{row: its settings}. A setting is what the row says; if it says nothing, what the command
+        line says; otherwise the question's default; otherwise what the script says."""
         defaults = {name: value for name, value in self.defaults.items()
                     if name not in settings.given}
         return {row.name: settings.replace(**defaults).replace(**row.changes) for row in self.rows}
@@ -1633,11 +1664,11 @@ def plan_runs(settings, questions):
     if settings.question != "none":
         rows = []
         asked = list(questions) if settings.question == "all" else [settings.question]
-        for number in asked:
-            conflict = questions[number].conflict(settings)
+        for question_id in asked:
+            conflict = questions[question_id].conflict(settings)
             if conflict:
                 raise WrongSetting(conflict)
-            rows += questions[number].settings_of_rows(settings).values()
+            rows += questions[question_id].settings_of_rows(settings).values()
     return without_repeats(row.replace(seed=seed) for row in rows for seed in settings.all_seeds())
 
 def find_results(settings, questions, records, trained):
@@ -1708,16 +1739,16 @@ def missing_runs(settings, questions, results):
     sentences = []
     seeds = settings.all_seeds() if "seeds" in settings.given else []
     asked = results if settings.question == "all" else [settings.question]
-    for number in asked:
+    for question_id in asked:
         missing = []
-        for row in questions[number].rows:
-            found = {record["seed"] for record in results[number].get(row.name, [])}
+        for row in questions[question_id].rows:
+            found = {record["seed"] for record in results[question_id].get(row.name, [])}
             if not found:
                 missing.append(row.name)
             else:
                 missing += [f"{row.name}, seed {seed}" for seed in seeds if seed not in found]
         if missing:
-            sentences.append(f"question {number} lacks these runs: {'; '.join(missing)}")
+            sentences.append(f"question {question_id} lacks these runs: {'; '.join(missing)}")
     return sentences
 
 def table_lines(question, results):
@@ -1751,13 +1782,13 @@ def page_lines(title, questions, results, verdicts, folder):
              f"{caption(records)}. Accuracies are in %; ± is the standard deviation over the "
              "seeds. Differences are in points of accuracy, with 95 % intervals in brackets.", ""]
     lines += pictures(("summary.png", "same_conclusions.png"), folder)
-    for number, rows in results.items():
-        question = questions[number]
-        lines += [f"## Question {number}", "", question.text, ""]
+    for question_id, rows in results.items():
+        question = questions[question_id]
+        lines += [f"## Question {question_id}", "", question.text, ""]
         lines += [claim_line(verdict, has_report(records)) for verdict in verdicts
-                  if verdict.claim.question == number]
+                  if verdict.claim.question == question_id]
         lines += ["", *table_lines(question, rows)]
-        figures = question.figures or (f"figure_{number}.png",)  # of a question that you added
+        figures = question.figures or (f"figure_{question_id}.png",)  # of a question that you added
         lines += pictures(figures, folder)
     return lines
 
@@ -1815,7 +1846,10 @@ class Difference:
 
 def signed(number):
     """A number with its sign and one digit; +0.0 also for -0.04."""
-    return f"{round(number, 1) + 0.0:+.1f}"
+    rounded = round(number, 1)
+    if rounded == 0:
+        rounded = 0.0  # -0.0 would be written as "-0.0"
+    return f"{rounded:+.1f}"
 
 @dataclass
 class Verdict:
@@ -1978,10 +2012,12 @@ def augmentations(text):
 
 def between(low, high, whole=False):
     """A parser of (whole) numbers from low to high."""
+    kind = "a whole number" if whole else "a number"
+
     def number(text):
         number = any_number(text)
         if not low <= number <= high or (whole and not isinstance(number, int)):
-            raise wrong_value(text, f"a {'whole ' if whole else ''}number from {low} to {high}")
+            raise wrong_value(text, f"{kind} from {low} to {high}")
         return number
 
     return number
@@ -2034,12 +2070,12 @@ class Settings(argparse.Namespace):
         return {name: getattr(self, name) for name in self.identity_names}
 
     def for_record(self):
-        """The same as JSON has them; those that are off are included."""
-        return {name: canonical(value) for name, value in self.for_identity().items()}
+        """The same as JSON has them, with those that are off."""
+        return plain_value(self.for_identity())
 
 def parse_settings(script, argv=None):
-    """The Settings of a script (its globals()), overridden by the flags in argv (None: those of the
-    command line, if the script is run). Raises UserError (exit code 2)."""
+    """The Settings of a script (its globals()), overridden by the flags in argv. None stands for
+    the flags of the command line or, if the script is imported, for none. Raises UserError."""
     path = Path(script["__file__"])
     source = path.read_text(encoding="utf-8-sig")
     if argv is None:
@@ -2100,8 +2136,8 @@ def add_flag(parser, name, value, comment, questions):
 # ========== running a script ==========
 
 def run(settings, mean, std, build_model, train, draw, questions, claims, summary, check):
-    """Do what the settings say with a script's functions: predict, train, draw. Returns the records
-    that are shown. Raises UserError.
+    """Predict, or train and draw, as the settings say. Returns the records that are shown. Raises
+    UserError.
 
     mean, std: the normalization of images; train(settings, data, dtype) returns a record;
     draw(question, results, folder, data) draws a question's figures; summary: rows of summary.png,
@@ -2114,14 +2150,15 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
     runs = plan_runs(settings, questions)
     for planned in runs:
         check(planned)
-    if settings.redraw and settings.dataset in DATA_NAMES:
-        data, folder = None, results_folder(settings, DATA_NAMES[settings.dataset])
+    data = None
+    if settings.redraw and settings.dataset in DATA_NAMES:  # the records are enough
+        folder = results_folder(settings, DATA_NAMES[settings.dataset])
     else:
         data = load_data(settings, mean, std, device)
         folder = results_folder(settings, data.name, data.fingerprint)
     trained, problems = [], []
     if not settings.redraw:
-        make_writable(folder / "records", FOLDER / "checkpoints")
+        check_writable(folder / "records", FOLDER / "checkpoints")
         trained, problems = train_all(runs, train, data, choose_dtype(device, settings.precision))
         _, processes = rank_and_processes()
         if processes > 1 and (settings.question != "none" or not trained):
@@ -2161,7 +2198,7 @@ def show_runs(settings, records, trained, folder, data):
     return shown
 
 def plot_experiment(records, folder, data):
-    """One set of figures of an experiment and its seeds. Returns lines of a page that show them."""
+    """Draw an experiment, all seeds in the same figures. Returns lines of a page that show them."""
     title, name = records[0]["title"], records[0]["name"]
     if len(records) > 1:
         name = f"{slug(title)}_{records[0]['digest']}_{len(records)}_seeds"
@@ -2180,8 +2217,8 @@ def show_questions(settings, questions, claims, summary, results, draw, folder, 
     title = f"{settings.script}.py{''.join(given)}"
     try:
         with plt.style.context(STYLE):
-            for number, rows in results.items():
-                draw(number, rows, folder, data)
+            for question_id, rows in results.items():
+                draw(question_id, rows, folder, data)
             plot_summary(summary, questions, results, folder / "summary.png")
             if verdicts:
                 plot_conclusions(verdicts, folder / "same_conclusions.png", has_report(records))
@@ -2213,9 +2250,9 @@ def rank_and_processes():
         return int(rank), int(processes)
     return 0, 1
 
-def make_writable(*folders):
-    """Make the folders, if they are not there. Raises UserError if one cannot be written, so that
-    we fail before the training."""
+def check_writable(*folders):
+    """Raise UserError if one of these folders cannot be made or written, so that this is known
+    before the training."""
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -2262,13 +2299,7 @@ def predict(settings, build_model, device):
     if state.get("code") != settings.code:
         print("The code has changed since this network was trained: predictions may differ")
     root = Path(settings.predict).resolve()
-    if not root.exists():
-        raise UserError(f"there is no file or folder {root}")
-    paths = [root]
-    if root.is_dir():  # as in training, a class folder may be a link
-        links = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()
-                 and not path.name.startswith(IGNORED_PREFIXES)]
-        paths = sorted(path for folder in (root, *links) for path in find_images(folder))
+    paths = find_images_to_predict(root)
     images, unreadable = read_images(paths, state["settings"]["image_size"])
     paths = [path for path in paths if path not in unreadable]
     if paths:
@@ -2284,13 +2315,26 @@ def predict(settings, build_model, device):
         prepare_model(model.to(device), settings, dtype)
         logits, labels = predict_logits(model, data.batches(data.test), dtype)
         show_predictions(paths, root, classes, logits.cpu(), labels.cpu())
-    if unreadable or not paths:
-        words = "; ".join(unreadable.values()) or f"{root} (it has no files)"
-        raise UserError(f"these are not images: {words}")
+    if unreadable:
+        raise UserError(f"these are not images: {'; '.join(unreadable.values())}")
+
+def find_images_to_predict(root):
+    """The files to classify: one, or those of a folder. As in training, the folder of a class may
+    be a link. Raises UserError if there are none."""
+    if not root.exists():
+        raise UserError(f"there is no file or folder {root}")
+    if not root.is_dir():
+        return [root]
+    links = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()
+             and not path.name.startswith(IGNORED_PREFIXES)]
+    paths = sorted(path for folder in (root, *links) for path in find_images(folder))
+    if not paths:
+        raise UserError(f"there are no files in {root}")
+    return paths
 
 def build_trained_model(state, settings, build_model):
-    """The network of a checkpoint, with its weights. Raises UserError if the script makes another
-    one now."""
+    """The network of a checkpoint, with its weights. Raises UserError if the network in the script
+    has been changed since."""
     try:
         model = build_model(settings.replace(**state["settings"]), len(state["classes"]))
         model.load_state_dict(state["model"])
@@ -2303,8 +2347,8 @@ def build_trained_model(state, settings, build_model):
     return model
 
 def label_of(path, root, classes):
-    """The index of an image's class, or -1: that of the outermost folder below `root` that is named
-    after a class, as in training, or else of `root` itself."""
+    """The index of an image's class, or -1 if no folder is named after a class. Of several folders
+    below `root` the outermost counts, as in training; if there is none, `root` itself."""
     keys = [class_key(name) for name in classes]
     names = [*path.relative_to(root).parts[:-1], root.name]
     if root.parent.name in ("train", "val", "valid", "test"):  # root is the folder of a class

@@ -132,7 +132,7 @@ def test_an_altered_file_is_refused_and_not_unpickled(folder, cifar10, mirrors, 
     (source / PYTHON / altered).write_bytes(trap)
     (source / CIFAR10.filename).unlink()
     source.rename(folder / "datasets")
-    with pytest.raises(utils.UserError, match=rf"{PYTHON}.* damaged: delete it$"):
+    with pytest.raises(utils.UserError, match=rf"{PYTHON}.* damaged: delete it and start again$"):
         ex3_convnet.main([])
     assert not (folder / "sprung").exists()
 
