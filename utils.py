@@ -153,10 +153,7 @@ def load_data(settings, mean, std, device):
     """
     name, classes, images, labels, sizes = read_data(settings)
     labels = labels.astype(np.int64)  # on Windows older NumPy has 32 bits
-    digest = hashlib.sha256(images.tobytes())
-    digest.update(labels.tobytes())
-    if is_image_folder(name):  # only there can classes be renamed
-        digest.update(repr(classes).encode())
+    fingerprint = fingerprint_of(name, classes, images, labels)
     num_not_test = sizes["train"] + sizes["val"]
     num_val = settings.num_validation or sizes["val"]
     num_train = settings.num_training or num_not_test - num_val
@@ -168,10 +165,19 @@ def load_data(settings, mean, std, device):
         images = resize(images, [settings.image_size, settings.image_size], antialias=True)
     index = torch.arange(len(images), device=device)
     return Data(
-        name, classes, images.to(device).contiguous(memory_format=torch.channels_last),
-        torch.tensor(labels, device=device), mean=per_channel(mean, device),
-        std=per_channel(std, device), fingerprint=digest.hexdigest()[:16], train=index[:num_train],
-        val=index[num_not_test - num_val:num_not_test], test=index[num_not_test:])
+        name=name, classes=classes, labels=torch.tensor(labels, device=device),
+        images=images.to(device).contiguous(memory_format=torch.channels_last),
+        mean=per_channel(mean, device), std=per_channel(std, device), fingerprint=fingerprint,
+        train=index[:num_train], val=index[num_not_test - num_val:num_not_test],
+        test=index[num_not_test:])
+
+def fingerprint_of(name, classes, images, labels):
+    """A hash of every pixel and label of a data set, 16 hex digits."""
+    digest = hashlib.sha256(images.tobytes())
+    digest.update(labels.tobytes())
+    if is_image_folder(name):  # only there can classes be renamed
+        digest.update(repr(classes).encode())
+    return digest.hexdigest()[:16]
 
 def per_channel(numbers, device):
     """Three numbers as a tensor (1, 3, 1, 1), which broadcasts against images (B, 3, S, S)."""
@@ -264,33 +270,45 @@ def read_image_folder(folder, size):
         val = find_classes(folder / "val", train)
     elif (folder / "valid").is_dir():
         val = find_classes(folder / "valid", train)
-    else:  # not the last tenth: file names often sort by breed, camera or day
-        val = {name: paths[9::10] or paths[-1:] for name, paths in train.items()}
-        train = {name: [path for path in paths if path not in val[name]]
-                 for name, paths in train.items()}
+    else:
+        train, val = split_off_validation(train)
     classes = sorted({*train, *val, *test})
     incomplete = [name for name in classes
                   if not (train.get(name) and val.get(name) and test.get(name))]
     if incomplete:
         raise UserError(f"{folder} lacks images of {', '.join(incomplete)}: each class needs some "
-                        "in train, val and test; without a val folder, two in train")
+                        "in train, val and test, or without a val folder two in train")
     if len(classes) < 2:
         raise UserError(f"{folder} must have two classes or more; it has: {', '.join(classes)}")
-    train, val, test = interleave(train), interleave(val), interleave(test)
-    paths = [path for path, _ in train + val + test]
-    labels = [classes.index(name) for _, name in train + val + test]
+    used = interleave(train) + interleave(val) + interleave(test)  # (path, class)
+    paths = [path for path, _ in used]
+    labels = np.array([classes.index(name) for _, name in used])
     report_unused_images(folder, paths)
     images, unreadable = read_images(paths, size)
     if unreadable:
         raise UserError(f"these are not images: {'; '.join(unreadable.values())}")
-    training_pixels = {image.tobytes() for image in images[:len(train)]}
-    repeated = [image for image in images[len(train):] if image.tobytes() in training_pixels]
-    if repeated:
-        print(f"{len(repeated):,} of {len(val + test):,} validation and test images are in the "
-              "training set, too: the accuracy on them says nothing about new images")
+    sizes = {split: sum(map(len, found.values()))
+             for split, found in (("train", train), ("val", val), ("test", test))}
+    report_repeated_images(images, sizes["train"])
     name = folder.name if is_image_folder(folder.name) else f"{folder.name} (folder)"
-    sizes = {"train": len(train), "val": len(val), "test": len(test)}
-    return name, classes, images, np.array(labels), sizes
+    return name, classes, images, labels, sizes
+
+def split_off_validation(train):
+    """Two {class: paths} of one: training images, and every tenth as validation image. The last
+    tenth would be no fair choice: file names often sort by breed, camera or day."""
+    val = {name: paths[9::10] or paths[-1:] for name, paths in train.items()}
+    train = {name: [path for path in paths if path not in val[name]]
+             for name, paths in train.items()}
+    return train, val
+
+def report_repeated_images(images, num_train):
+    """Print how many of the images after the first num_train are among these."""
+    training_pixels = {image.tobytes() for image in images[:num_train]}
+    others = images[num_train:]
+    num_repeated = sum(image.tobytes() in training_pixels for image in others)
+    if num_repeated:
+        print(f"{num_repeated:,} of {len(others):,} validation and test images are in the training "
+              "set, too: the accuracy on them says nothing about new images")
 
 # Files and folders to ignore: hidden ones and those of systems and tools, as @eaDir or __MACOSX
 IGNORED_PREFIXES = (".", "@", "__", "Thumbs.db", "desktop.ini")
@@ -620,22 +638,26 @@ def evaluate(model, batches, dtype):
 def test(model, data, dtype):
     """Results on the test images, in eval mode, for a record: "accuracy" (0..1),
     "accuracy_first_1000" (of the first 1,000 images, as the exercise measures it), "confusion" (the
-    confusion matrix; rows are true classes), and "mistakes", the most confident ones: position
-    among the test images, predicted class, probability."""
+    confusion matrix; rows are true classes), and "mistakes" (see worst_mistakes)."""
     logits, labels = predict_logits(model, data.batches(data.test), dtype)
     labels = labels.cpu()
     probabilities, predicted = logits.cpu().softmax(dim=1).max(dim=1)
     correct = predicted == labels
     confusion = np.zeros((len(data.classes), len(data.classes)), int)
     np.add.at(confusion, (labels, predicted), 1)
-    by_confidence = probabilities.argsort(descending=True, stable=True)
-    is_mistake = ~correct[by_confidence]
-    mistakes = by_confidence[is_mistake][:8]
     return {"accuracy": correct.double().mean().item(),
             "accuracy_first_1000": correct[:1000].double().mean().item(),
             "confusion": confusion.tolist(),
-            "mistakes": [[i.item(), predicted[i].item(), probabilities[i].item()]
-                         for i in mistakes]}
+            "mistakes": worst_mistakes(correct, predicted, probabilities)}
+
+def worst_mistakes(correct, predicted, probabilities, count=8):
+    """The mistakes that a network is most confident of, each as [position among the test images,
+    predicted class, probability]."""
+    mistakes = []
+    for i in probabilities.argsort(descending=True, stable=True).tolist():
+        if not correct[i] and len(mistakes) < count:
+            mistakes.append([i, predicted[i].item(), probabilities[i].item()])
+    return mistakes
 
 @torch.no_grad()
 def precise_bn_accuracies(model, part, data, dtype):
@@ -888,18 +910,7 @@ class Run:
     def finish(self, checkpoint, latest, best, precise):
         """Write the record, print the main accuracies, and return the record. latest, best: what
         test returns for the latest and the best model; precise: see precise_bn_accuracies."""
-        stopper = checkpoint.stopper
-        epoch = stopper.best_epoch if stopper else self.epoch
-        result = {"epoch": epoch, "best_epoch": epoch if stopper else None,
-                  "model_size": self.model_size, "latest_test_accuracy": latest["accuracy"],
-                  "test_accuracy": best["accuracy"],
-                  "test_accuracy_first_1000": best["accuracy_first_1000"], **precise}
-        for name, values in self.history.items():
-            if "accuracy" in name:
-                result[name] = values[epoch - 1]
-                result[f"latest_{name}"] = values[-1]
-        # Without augmentation this is the same accuracy.
-        result.setdefault("val_accuracy_augmented", result["val_accuracy"])
+        result = self.make_result(checkpoint.stopper, latest, best, precise)
         record = {**self.metadata, "history": self.history, "result": result,
                   "filters": {"before": self.filters, "after": first_filters(self.model)},
                   "confusion": best["confusion"], "mistakes": best["mistakes"],
@@ -911,9 +922,25 @@ class Run:
         with atomic_write(self.record_path) as temporary:
             temporary.write_text(json.dumps(record))
         show_result(record)
-        path = checkpoint.best if stopper else checkpoint.latest
+        path = checkpoint.best if checkpoint.stopper else checkpoint.latest
         print(f"To classify images: --predict=FOLDER --checkpoint={shlex.quote(str(path))}")
         return load_record(self.record_path)
+
+    def make_result(self, stopper, latest, best, precise):
+        """The accuracies of the run, for the record: of the best epoch, if there is early stopping,
+        or of the last one; those of the last one also as "latest_..."."""
+        epoch = stopper.best_epoch if stopper else self.epoch
+        result = {"epoch": epoch, "best_epoch": epoch if stopper else None,
+                  "model_size": self.model_size, "latest_test_accuracy": latest["accuracy"],
+                  "test_accuracy": best["accuracy"],
+                  "test_accuracy_first_1000": best["accuracy_first_1000"], **precise}
+        for name, values in self.history.items():
+            if "accuracy" in name:
+                result[name] = values[epoch - 1]
+                result[f"latest_{name}"] = values[-1]
+        # Without augmentation this is the same accuracy.
+        result.setdefault("val_accuracy_augmented", result["val_accuracy"])
+        return result
 
 def show_result(record):
     """Print the main accuracies."""
@@ -1194,12 +1221,9 @@ def compare_runs(experiments, script, folder):
     """Print a table of the experiments in a folder, and whether the last two differ. Returns the
     lines of a page that shows the same."""
     rows = [row_of_runs(name, records) for name, records in experiments.items()]
-    columns = [[heading, *(row[heading] for row in rows)] for heading in rows[0]]
-    widths = [max(len(cell) for cell in column) for column in columns]
-    print(f"\nThe runs in {folder} (accuracies in %, mean ± standard deviation of the seeds):")
-    for cells in zip(*columns):
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
     sentence = compare_last_two(experiments)
+    print(f"\nThe runs in {folder} (accuracies in %, mean ± standard deviation of the seeds):")
+    print_table(rows)
     print(sentence)
     records = flatten(experiments.values())
     return [f"# {records[0]['data']}: runs of {script}.py", "", "![Runs](runs.png)", "",
@@ -1207,6 +1231,14 @@ def compare_runs(experiments, script, folder):
             f"{caption(records)}. Accuracies are in %, mean ± standard deviation of the seeds. The "
             "names of a run's files contain its id. `--redraw --question=all` makes a page of the "
             "report's questions.", ""]
+
+def print_table(rows):
+    """Print rows {heading: text} in aligned columns."""
+    widths = {heading: max(len(row[heading]) for row in rows) for heading in rows[0]}
+    headings = {heading: heading for heading in rows[0]}
+    for row in [headings, *rows]:
+        cells = [row[heading].ljust(max(width, len(heading))) for heading, width in widths.items()]
+        print("  ".join(cells).rstrip())
 
 def row_of_runs(name, records):
     """The row of an experiment in the table of runs, {heading: text}."""
@@ -1338,28 +1370,33 @@ def save_figure(figure, title, path, records=(), legend_axes=()):
 def caption(records):
     """Data, weights, recipe, precision and machine of the runs in a figure. What has more than four
     values there is left out."""
-    described = []
-    for record in records:
-        settings = record["settings"]
-        decay = settings.get("learning_rate_decay", 1)
-        described.append([
-            record["data"],
-            f"{record['identity']['data']['train']:,} training images",
-            record["pretrained"],
-            plural(settings.get("num_epochs", 0), "epoch"),
-            f"batch {settings.get('batch_size', 0)}",
-            f"learning rate {settings.get('learning_rate', 0):g} x {decay:g} per epoch",
-            f"weight decay {settings.get('reg', 0):g}",
-            record["precision"],
-            record["device"].split(",")[0]])
-    columns = [sorted({*values} - {"none"}) for values in zip(*described)]
-    parts = [" or ".join(values) for values in columns if 0 < len(values) <= 4]
+    recipes = [recipe_of(record) for record in records]
+    parts = []
+    for key in recipes[0]:
+        values = sorted({recipe[key] for recipe in recipes} - {"none"})
+        if 0 < len(values) <= 4:
+            parts.append(" or ".join(values))
     runs = {(record["digest"], record["seed"]) for record in records}
     parts.append(plural(len(runs), "run") if len(runs) > 1 else f"seed {records[0]['seed']}")
     versions = {(record["commit"], record["code"]) for record in records}
     if len(versions) > 1:
         parts.append(f"{len(versions)} versions of the code")
     return ", ".join(parts)
+
+def recipe_of(record):
+    """What a caption says of a run, {what: words}."""
+    settings = record["settings"]
+    decay = settings.get("learning_rate_decay", 1)
+    return {
+        "data": record["data"],
+        "images": f"{record['identity']['data']['train']:,} training images",
+        "weights": record["pretrained"],
+        "epochs": plural(settings.get("num_epochs", 0), "epoch"),
+        "batch": f"batch {settings.get('batch_size', 0)}",
+        "rate": f"learning rate {settings.get('learning_rate', 0):g} x {decay:g} per epoch",
+        "reg": f"weight decay {settings.get('reg', 0):g}",
+        "precision": record["precision"],
+        "machine": record["device"].split(",")[0]}
 
 def drawable(text):
     """A text that the font of the figures can draw: with codes for characters that it lacks."""
@@ -1416,27 +1453,33 @@ def plot_classes(records, path, title, data=None):
     confusion = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)
     figure = plt.figure(figsize=(12 if mistakes else 7.5, 7))
     grid = figure.add_gridspec(4, 4 if mistakes else 2)
-    ax = figure.add_subplot(grid[:, :2])
-    ax.imshow(confusion, cmap="Greys", vmin=0, vmax=100)
-    ax.set(xlabel="predicted", ylabel="true class", xticks=[], yticks=[])
-    if len(confusion) <= 15:  # more would be illegible
-        for row, column in np.ndindex(confusion.shape):
-            ax.text(column, row, f"{confusion[row, column]:.0f}", ha="center", va="center",
-                      color="white" if confusion[row, column] > 50 else "black")
-        ax.set_xticks(range(len(confusion)), classes, rotation=90)
-        ax.set_yticks(range(len(confusion)), classes)
+    draw_confusion(figure.add_subplot(grid[:, :2]), confusion, classes)
     for i, (position, predicted, probability) in enumerate(mistakes):
         index = data.test[position]
         ax = figure.add_subplot(grid[i // 2, 2 + i % 2])
         ax.imshow(data.images[index].permute(1, 2, 0).cpu().numpy())
         ax.set_title(f"{classes[data.labels[index]]}, taken for\n{classes[predicted]} with "
-                       f"{probability:.1%}", fontsize=9)
+                     f"{probability:.1%}", fontsize=9)
         ax.axis("off")
-    beside = f"; right: most confident mistakes of seed {records[0]['seed']}" if mistakes else ""
-    save_figure(figure, f"{title}: test images, % of each class{beside}", path, records)
+    title += ": test images, % of each class"
+    if mistakes:
+        title += f"; right: most confident mistakes of seed {records[0]['seed']}"
+    save_figure(figure, title, path, records)
     codes = [f"{code} is {name}" for code, name in zip(classes, names) if code != name]
     if codes:
         print(f"In the figure, {', '.join(codes)}")
+
+def draw_confusion(ax, confusion, classes):
+    """Draw a confusion matrix (%), with its numbers unless there are too many to read."""
+    ax.imshow(confusion, cmap="Greys", vmin=0, vmax=100)
+    ax.set(xlabel="predicted", ylabel="true class", xticks=[], yticks=[])
+    if len(confusion) > 15:
+        return
+    for row, column in np.ndindex(confusion.shape):
+        ax.text(column, row, f"{confusion[row, column]:.0f}", ha="center", va="center",
+                color="white" if confusion[row, column] > 50 else "black")
+    ax.set_xticks(range(len(confusion)), classes, rotation=90)
+    ax.set_yticks(range(len(confusion)), classes)
 
 def draw_curves(ax, records, quantity, augmented=False):
     """Curves of "loss" or "accuracy" over the epochs: each seed a thin line, and their mean or,
@@ -1759,16 +1802,20 @@ def table_lines(question, results):
     for name, records in results.items():
         row = {"": name}
         for heading, key in question.columns.items():
-            numbers = values_of(records, key)
-            if key == "model_size":
-                numbers = numbers[:1]
-            digits = 1 if "accuracy" in key else 0
-            row[heading] = mean_and_deviation(numbers, digits) or "–"
-            if key in reports[name]:
-                row[heading] += f" (report {reports[name][key]:,})"
-        rows.append({**row, "seeds": str(len(records))})
+            row[heading] = table_cell(records, key, reports[name].get(key))
+        row["seeds"] = str(len(records))
+        rows.append(row)
     note = question.note if any(reports.values()) else ""
     return [f"**{question.title}**", "", *markdown_table(rows), "", note, ""]
+
+def table_cell(records, key, report):
+    """A number of a row as text, with the report's number (None if it has none)."""
+    numbers = values_of(records, key)
+    if key == "model_size":  # it is the same for all seeds
+        numbers = numbers[:1]
+    digits = 1 if "accuracy" in key else 0
+    text = mean_and_deviation(numbers, digits) or "–"
+    return text if report is None else f"{text} (report {report:,})"
 
 def values_of(records, key):
     """A number of each result, accuracies in %, without the records that lack it."""
