@@ -152,7 +152,8 @@ def train(settings, data, dtype):
         checkpoint.save_periodically()
 
     checkpoint.save()
-    latest = best = utils.test(model, data, dtype)
+    latest = utils.test(model, data, dtype)
+    best = latest
     if stopper:
         model.load_state_dict(stopper.best_weights)
         best = utils.test(model, data, dtype)
@@ -313,10 +314,8 @@ def plot_early_stopping(results, reports, path):
         utils.draw_report(ax, reports[name], len(records[0]["history"]["val_loss"]))
         for record in records:
             accuracy = utils.curve_of(record, "val_accuracy")
-            best, last = record["result"]["best_epoch"], len(accuracy)
-            patience = record["settings"].get("patience", 0)
-            if best is not None and 0 < patience <= last - best:
-                ax.plot(last, accuracy[-1], "ks", markersize=5, label="early stop")
+            if utils.stopped_early(record):
+                ax.plot(len(accuracy), accuracy[-1], "ks", markersize=5, label="early stop")
         ax.set_title(name, fontsize=10)
         if reports[name]:
             ax.set_ylim(40, 101)
@@ -344,7 +343,7 @@ def plot_augmented_images(data, path, count=10):
     """What each technique does to the same few training images; unchanged ones are faded."""
     generator = torch.Generator().manual_seed(0)
     images = data.images[data.train[:count]].float().cpu() / 255
-    names = [row.changes["augmentation"] for row in QUESTIONS["3a"].rows]
+    names = [row.changes.get("augmentation", "none") for row in QUESTIONS["3a"].rows]
     figure, axes = utils.new_figure(len(names) * len(images), len(images), 1, 0.9)
     for i, name in enumerate(names):
         row = axes[i * len(images):(i + 1) * len(images)]
@@ -352,8 +351,10 @@ def plot_augmented_images(data, path, count=10):
         changed, label = images, "original"
         if augment:
             changed = augment(images).clamp(0, 1)
-            parameters = getattr(utils.AUGMENTATIONS[name], "keywords", {})
-            words = [f"{key} {value}" for key, value in parameters.items() if key != "dim"]
+            words = []
+            for technique in augment.techniques:
+                parameters = getattr(technique, "keywords", {})
+                words += [f"{key} {value}" for key, value in parameters.items() if key != "dim"]
             label = f"{name}\n{textwrap.fill(', '.join(words), 30)}"
         for ax, image, original in zip(row, changed, images):
             is_unchanged = augment and torch.equal(image, original)
@@ -425,9 +426,9 @@ def check(settings):
 def main(argv=None):
     """Run what the settings describe, a single run or a question.
 
-    argv: a list of flags; None: those of the command line. Returns a list of the records that are
-    shown, dicts with title, seed, result, history, ... Raises utils.UserError for what a user can
-    put right, and at the end for runs that have diverged.
+    argv: a list of flags; None: those of the command line, if this file is run. Returns a list of
+    the records that are shown, dicts with title, seed, result, history, ... Raises utils.UserError
+    for what a user can put right, and at the end for runs that have diverged.
     """
     settings = utils.parse_settings(globals(), argv)
     return utils.run(settings, mean=MEAN, std=STD, build_model=build_model, train=train, draw=draw,

@@ -347,9 +347,9 @@ def check(settings):
 def main(argv=None):
     """Run what the settings describe, a single run or a question.
 
-    argv: a list of flags; None: those of the command line. Returns a list of the records that are
-    shown, dicts with title, seed, result, history, ... Raises utils.UserError for what a user can
-    put right, and at the end for runs that have diverged.
+    argv: a list of flags; None: those of the command line, if this file is run. Returns a list of
+    the records that are shown, dicts with title, seed, result, history, ... Raises utils.UserError
+    for what a user can put right, and at the end for runs that have diverged.
     """
     settings = utils.parse_settings(globals(), argv)
     return utils.run(settings, mean=MEAN, std=STD, build_model=build_model, train=train, draw=draw,

@@ -140,7 +140,7 @@ class Batches:
 DATA_NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # all others are folders of images
 
 def is_image_folder(name):
-    """Whether a data set of this name is a folder of images. No folder has a name in DATA_NAMES:
+    """Whether a data set of this name is a folder of images. No folder has one of the names above:
     read_image_folder sees to that."""
     return name not in DATA_NAMES.values()
 
@@ -148,15 +148,18 @@ def load_data(settings, mean, std, device):
     """Read the data set that the settings name, and split it into training, validation and test
     images. Returns Data; raises UserError.
 
-    Of the images that are not test images, the last num_validation are validation images. Of the
-    others, the first num_training are training images. 0 means as many as the data set has.
+    The data set says which images are test images. Of the rest, the last num_validation images are
+    for validation, the first num_training for training. 0 means as many as the data set has.
     """
     name, classes, images, labels, sizes = read_data(settings)
     labels = labels.astype(np.int64)  # on Windows older NumPy has 32 bits
     fingerprint = fingerprint_of(name, classes, images, labels)
     num_not_test = sizes["train"] + sizes["val"]
-    num_val = settings.num_validation or sizes["val"]
-    num_train = settings.num_training or num_not_test - num_val
+    num_val, num_train = settings.num_validation, settings.num_training
+    if num_val == 0:
+        num_val = sizes["val"]
+    if num_train == 0:
+        num_train = num_not_test - num_val
     if num_train < 1 or num_train + num_val > num_not_test:
         raise WrongSetting(f"{name} has {num_not_test} images for training and validation: choose "
                            "a smaller --num_training or --num_validation")
@@ -294,15 +297,19 @@ def read_image_folder(folder, size):
     return name, classes, images, labels, sizes
 
 def split_off_validation(train):
-    """Two {class: paths} of one: training images, and every tenth as validation image. The last
-    tenth would be no fair choice: file names often sort by breed, camera or day."""
-    val = {name: paths[9::10] or paths[-1:] for name, paths in train.items()}
-    train = {name: [path for path in paths if path not in val[name]]
-             for name, paths in train.items()}
-    return train, val
+    """Split {class: paths} in two: images for training and, of each class, every tenth image for
+    validation. The last tenth would not do: file names often sort by breed, camera or day."""
+    new_train, val = {}, {}
+    for name, paths in train.items():
+        val[name] = paths[9::10]
+        if len(paths) < 10:
+            val[name] = paths[-1:]
+        new_train[name] = [path for path in paths if path not in val[name]]
+    return new_train, val
 
 def report_repeated_images(images, num_train):
-    """Print how many of the images after the first num_train are among these."""
+    """Print how many validation and test images are training images, too. The first num_train
+    images are for training."""
     training_pixels = {image.tobytes() for image in images[:num_train]}
     others = images[num_train:]
     num_repeated = sum(image.tobytes() in training_pixels for image in others)
@@ -310,7 +317,7 @@ def report_repeated_images(images, num_train):
         print(f"{num_repeated:,} of {len(others):,} validation and test images are in the training "
               "set, too: the accuracy on them says nothing about new images")
 
-# Files and folders to ignore: hidden ones and those of systems and tools, as @eaDir or __MACOSX
+# Files and folders to ignore: hidden ones, and those of systems and tools such as __MACOSX
 IGNORED_PREFIXES = (".", "@", "__", "Thumbs.db", "desktop.ini")
 
 def find_classes(folder, known_names=()):
@@ -663,7 +670,7 @@ def worst_mistakes(correct, predicted, probabilities, count=8):
 def precise_bn_accuracies(model, part, data, dtype):
     """Validation and test accuracy (0..1) with precise BN, as a dict for the record; empty without
     batch norm. This changes the model: in the part that was trained it replaces the running
-    statistics of batch norm by their means over plain training images, without dropout.
+    statistics of batch norm with their means over plain training images, without dropout.
 
     Moving averages lag behind the weights: Wu and Johnson, arXiv 2105.07576. Dropout shifts the
     variance that they see: Hendrycks and Gimpel, arXiv 1607.02488, and Li et al., arXiv 1801.05134.
@@ -716,7 +723,7 @@ class EarlyStopping:
 
     def state_dict(self):
         """All attributes, for a checkpoint."""
-        return vars(self)
+        return dict(vars(self))
 
     def load_state_dict(self, state):
         vars(self).update(state)
@@ -885,8 +892,9 @@ class Run:
         precision."""
         self.epoch = epoch
         self.history = history
-        precisions = {*precision.split(" and "), self.metadata["precision"]}
-        self.metadata["precision"] = " and ".join(sorted(precisions))
+        if self.metadata["precision"] not in precision:
+            precision += f" and {self.metadata['precision']}"
+        self.metadata["precision"] = precision
         print(f"Resumed after epoch {epoch}")
 
     def log_epoch(self, epoch, numbers):
@@ -895,7 +903,7 @@ class Run:
         now = time.perf_counter()
         seconds = now - self.epoch_end
         self.epoch_end = now
-        if not math.isfinite(numbers["train_loss"] + numbers["val_loss"]):
+        if not (math.isfinite(numbers["train_loss"]) and math.isfinite(numbers["val_loss"])):
             raise UserError(f"{self.metadata['title']}, seed {self.settings.seed}, diverged in "
                             f"epoch {epoch}: try a smaller --learning_rate")
         self.epoch = epoch
@@ -944,22 +952,30 @@ class Run:
 
 def show_result(record):
     """Print the main accuracies."""
-    result, last_epoch = record["result"], len(record["history"]["val_loss"])
+    result = record["result"]
     which = "Best" if result["best_epoch"] else "Last"
     print(f"{which} model (epoch {result['epoch']}): train accuracy "
           f"{result['train_accuracy']:.1%}, validation {result['val_accuracy']:.1%}, test "
           f"{result['test_accuracy']:.1%} (first 1,000 images "
           f"{result['test_accuracy_first_1000']:.1%})")
-    if result["best_epoch"] and last_epoch < record["settings"]["num_epochs"]:
-        print(f"Stopped early: no improvement from epoch {result['epoch']} to {last_epoch}")
+    if stopped_early(record):
+        print(f"Stopped early, after epoch {len(record['history']['val_loss'])}: no improvement "
+              f"after epoch {result['best_epoch']}")
     if "test_accuracy_recalibrated" in result:
         print(f"With precise BN: validation {result['val_accuracy_recalibrated']:.1%}, test "
               f"{result['test_accuracy_recalibrated']:.1%}")
     counts = np.sum(record["confusion"], axis=1)
-    if counts.max() > 2 * counts.min() > 0:
+    smallest, largest = counts.min(), counts.max()
+    if smallest > 0 and largest > 2 * smallest:
         mean = np.mean(np.diag(record["confusion"]) / counts)
-        print(f"The classes have {counts.min():,} to {counts.max():,} test images; the mean of "
-              f"their test accuracies is {mean:.1%}")
+        print(f"The classes have {smallest:,} to {largest:,} test images; the mean of their test "
+              f"accuracies is {mean:.1%}")
+
+def stopped_early(record):
+    """Whether early stopping has ended a run before its last epoch."""
+    epochs = len(record["history"]["val_loss"])
+    has_best = record["result"]["best_epoch"] is not None
+    return has_best and epochs < record["settings"]["num_epochs"]
 
 def make_identity(settings, data, model, optimizer, scheduler, weights):
     """All that decides what a run computes, except its seed, as plain values. What it cannot see:
@@ -1359,7 +1375,8 @@ def save_figure(figure, title, path, records=(), legend_axes=()):
         for handle, label in zip(*ax.get_legend_handles_labels()):
             handles.setdefault(label, handle)
     if handles:
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+        figure.legend(list(handles.values()), list(handles.keys()), loc="outside lower center",
+                      ncols=4)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     print(f"Figure: {path}")
@@ -1377,7 +1394,10 @@ def caption(records):
         if 0 < len(values) <= 4:
             parts.append(" or ".join(values))
     runs = {(record["digest"], record["seed"]) for record in records}
-    parts.append(plural(len(runs), "run") if len(runs) > 1 else f"seed {records[0]['seed']}")
+    if len(runs) > 1:
+        parts.append(plural(len(runs), "run"))
+    else:
+        parts.append(f"seed {records[0]['seed']}")
     versions = {(record["commit"], record["code"]) for record in records}
     if len(versions) > 1:
         parts.append(f"{len(versions)} versions of the code")
@@ -1521,7 +1541,7 @@ def scale_of(key):
     return 100 if "accuracy" in key else 1
 
 def mean_curve(curves):
-    """The mean of curves over the epochs that all have."""
+    """The mean of curves, over the epochs that are common to all."""
     epochs = min(map(len, curves))
     return np.mean([curve[:epochs] for curve in curves], axis=0)
 
@@ -1648,7 +1668,7 @@ def plot_conclusions(verdicts, path, with_report):
 class Row:
     """An experiment of a question, such as Row("batch norm", {"norm_flag": True})."""
 
-    name: str  # no other row has it
+    name: str  # unique in its question
     changes: dict  # of settings
     report: dict = field(default_factory=dict)  # its numbers, {key of a result: number}
 
@@ -1666,8 +1686,11 @@ class Question:
 
     def reports(self, results):
         """The report's numbers for each of {row: records}; empty if we used other images."""
-        return {row.name: row.report if has_report(results[row.name]) else {}
-                for row in self.rows if row.name in results}
+        reports = {}
+        for row in self.rows:
+            if row.name in results:
+                reports[row.name] = row.report if has_report(results[row.name]) else {}
+        return reports
 
     def settings_of_rows(self, settings):
         """{row: its settings}. A setting is what the row says; if it says nothing, what the command
@@ -1680,7 +1703,7 @@ class Question:
         """Why the flags on the command line do not go with the question; None if they do."""
         for name in sorted(settings.given):
             if all(name in row.changes for row in self.rows):
-                return f'--{name} has no effect on the question "{self.text}": each row sets it'
+                return f'--{name} has no effect: each row of the question "{self.text}" sets it'
         rows = [(row.for_identity(), row.pretrained, row.precision)
                 for row in self.settings_of_rows(settings).values()]
         if len(without_repeats(rows)) < len(self.rows):
@@ -1751,8 +1774,8 @@ def fits(record, settings):
     has_weights, needs_weights = "weights" in identity, settings.pretrained != "none"
     if has_weights != needs_weights:
         return False
-    if settings.pretrained not in ("none", "imagenet") and (
-            Path(settings.pretrained).name != record["pretrained"]):
+    names_a_file = settings.pretrained not in ("none", "imagenet")
+    if names_a_file and Path(settings.pretrained).name != record["pretrained"]:
         return False
     return settings.precision == "auto" or settings.precision == identity.get("precision")
 
@@ -1760,13 +1783,12 @@ def choose_experiment(row, experiments, trained):
     """The records of the experiment that was just trained, or else of the one with the most seeds;
     if several have as many, of the latest of them. Prints which it is, unless there is only one."""
     just_trained = {record["digest"] for record in trained}
-    most_seeds = max(len(records) for records in experiments.values())
-    for name, records in experiments.items():  # the latest comes last
-        if len(records) == most_seeds:
-            chosen = name
-    for name, records in experiments.items():
-        if records[0]["digest"] in just_trained:
-            chosen = name
+    candidates = [name for name, records in experiments.items()
+                  if records[0]["digest"] in just_trained]
+    if not candidates:
+        most_seeds = max(len(records) for records in experiments.values())
+        candidates = [name for name, records in experiments.items() if len(records) == most_seeds]
+    chosen = candidates[-1]  # the latest
     if len(experiments) > 1:
         print(f"{row}: of {list_experiments(experiments)} {chosen} is shown")
     return experiments[chosen]
@@ -1929,7 +1951,7 @@ def mean_difference(differences):
     return Difference(mean, float(interval.low), float(interval.high))
 
 def judge(claim, results):
-    """The Verdict on a claim; None if it is not measured."""
+    """The Verdict on a claim; None if there is nothing to compare."""
     ours = sample_of(claim.row, claim.key, claim.question, results)
     if not ours:
         return None
@@ -1941,6 +1963,8 @@ def judge(claim, results):
         theirs = sample_of(claim.row, claim.other_key, claim.question, results)
     seeds = sorted(ours.keys() & theirs.keys())
     differences = [ours[seed] - theirs[seed] for seed in seeds]
+    if not differences:
+        return None
     if claim.other_key and not any(differences):  # the best epoch is the last, with every seed
         return None
     difference = mean_difference(differences)
@@ -1949,7 +1973,7 @@ def judge(claim, results):
     return Verdict(claim, outcome, "", means, difference, plural(len(seeds), "seed"))
 
 def judge_against_rivals(claim, ours, results):
-    """The Verdict on a claim about other rows; None if none of them is measured.
+    """The Verdict on a claim that a row is better than others; None if none of these is measured.
 
     It holds if it holds against each (intersection-union test, Berger 1982). It does not hold if it
     fails against one; as this one is chosen after the fact, its interval has to be wider
@@ -1969,18 +1993,18 @@ def judge_against_rivals(claim, ours, results):
     if not verdicts:
         return None
     verdicts.sort(key=lambda verdict: verdict.difference.mean)  # the strongest rival comes first
-    first = {}  # {outcome: the first verdict with it}
     for verdict in verdicts:
-        first.setdefault(verdict.outcome, verdict)
-    if "does not hold" in first:
-        return first["does not hold"]
-    if "undecided" in first:
-        return first["undecided"]
+        if verdict.outcome == "does not hold":
+            return verdict
+    for verdict in verdicts:
+        if verdict.outcome == "undecided":
+            return verdict
     if missing:
         return replace(verdicts[0], outcome="not measured", seeds=f"missing: {', '.join(missing)}")
-    if "too few seeds" in first:
-        return first["too few seeds"]
-    return first["holds"]
+    for verdict in verdicts:
+        if verdict.outcome == "too few seeds":
+            return verdict
+    return verdicts[0]  # it holds against all
 
 def outcome_of(claim, difference, corrected, num_seeds):
     """What a difference says about a claim. corrected: with a wider interval, for "does not hold";
@@ -2022,8 +2046,8 @@ def claim_line(verdict, with_report):
 
 
 # ========== settings ==========
-# A setting is a plain value that has a name at the top level of a script, as norm_flag = False has;
-# names in capital letters are constants. Each setting is a flag of the command line, too, unless it
+# A setting is a plain value with a name at the top level of a script, such as norm_flag = False.
+# Names in capital letters are constants. Each setting is also a flag of the command line, unless it
 # is a list; the comment beside it is the flag's help text.
 
 def wrong_value(text, words):
@@ -2049,12 +2073,16 @@ def any_number(text):
 
 def weights(text):
     """True means ImageNet's weights, as in older versions of torchvision."""
-    words = {"true": "imagenet", "false": "none", "none": "none"}
-    return words.get(text.lower()) or any_text(text)
+    if text.lower() == "true":
+        return "imagenet"
+    if text.lower() in ("false", "none"):
+        return "none"
+    return any_text(text)
 
 def augmentations(text):
-    if text != "none" and not {*text.split("+")} <= AUGMENTATIONS.keys():
-        raise wrong_value(text, f"none, {', '.join(AUGMENTATIONS)}, or several (a+b)")
+    for name in text.split("+"):
+        if text != "none" and name not in AUGMENTATIONS:
+            raise wrong_value(text, f"none, {', '.join(AUGMENTATIONS)}, or several (a+b)")
     return text
 
 def between(low, high, whole=False):
@@ -2078,7 +2106,10 @@ def choice(*words):
 
     return word
 
-at_least = partial(between, high=10**9, whole=True)
+def at_least(low):
+    """A parser of whole numbers from low on."""
+    return between(low, 10**9, whole=True)
+
 PARSERS = {  # setting: a function of a text that returns the value
     "norm_flag": boolean, "earlystop": boolean, "fine_tune": boolean, "compile": boolean,
     "deterministic": boolean, "resume": boolean, "rerun": boolean, "redraw": boolean,
@@ -2139,8 +2170,7 @@ def parse_settings(script, argv=None):
     values = vars(parser.parse_args(argv))
     names = {*values, *lists}
     values.setdefault("pretrained", "none")  # the convnet has no such setting
-    _, _, code = source.partition("# --- end of settings")
-    code += Path(__file__).read_text(encoding="utf-8")
+    code = source.split("# --- end of settings")[-1] + Path(__file__).read_text(encoding="utf-8")
     return Settings(**values, **lists, script=path.stem,
                     code=hashlib.sha256(code.encode()).hexdigest()[:8],
                     given={flag[2:].partition("=")[0] for flag in argv if flag.startswith("--")},
@@ -2209,7 +2239,7 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
         trained, problems = train_all(runs, train, data, choose_dtype(device, settings.precision))
         _, processes = rank_and_processes()
         if processes > 1 and (settings.question != "none" or not trained):
-            # Another exit code than 0 would make torchrun end the other processes.
+            # Any other exit code than 0 would make torchrun end the other processes.
             print(*problems, "When all processes have ended, --redraw shows the results", sep="\n")
             return []
     records = load_records(folder / "records")
@@ -2240,7 +2270,7 @@ def show_runs(settings, records, trained, folder, data):
             plot_runs(experiments, folder / "runs.png", settings.script)
             if trained:
                 lines += plot_experiment(shown, folder, data)
-    finally:  # the table stands on the page even if a figure fails
+    finally:  # the page has its table even if a figure fails
         write_page(lines, folder)
     return shown
 
@@ -2269,7 +2299,7 @@ def show_questions(settings, questions, claims, summary, results, draw, folder, 
             plot_summary(summary, questions, results, folder / "summary.png")
             if verdicts:
                 plot_conclusions(verdicts, folder / "same_conclusions.png", has_report(records))
-    finally:  # the tables stand on the page even if a figure fails
+    finally:  # the page has its tables even if a figure fails
         write_page(page_lines(title, questions, results, verdicts, folder), folder)
     return records
 
@@ -2325,7 +2355,7 @@ def run_script(main):
     except OSError as error:
         exit_with(error, 1)
     except KeyboardInterrupt:
-        exit_with("interrupted: use --resume to continue from the last saved epoch", 130)
+        exit_with("interrupted: --resume continues a training from its last saved epoch", 130)
 
 def exit_with(sentence, exit_code):
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
@@ -2338,7 +2368,7 @@ def predict(settings, build_model, device):
     """Print the prediction of the network in settings.checkpoint for the image or folder
     settings.predict, and the accuracy over images in folders that are named after classes. Raises
     UserError for another network, and for files that cannot be read."""
-    if "none" in (settings.checkpoint, settings.predict):
+    if settings.checkpoint == "none" or settings.predict == "none":
         raise WrongSetting("--checkpoint=FILE and --predict=FOLDER must be given together")
     state = load_checkpoint(settings.checkpoint)
     model = build_trained_model(state, settings, build_model)
@@ -2462,7 +2492,7 @@ def has_native_bfloat16(device):
     return info.exists() and re.search("avx512_bf16|amx_bf16", info.read_text()) is not None
 
 def describe_device(device):
-    """The GPU's name or the CPU's abilities, as records state them."""
+    """The name of the GPU, or the instruction set and threads of the CPU, for the record."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = plural(torch.get_num_threads(), "thread")
@@ -2517,7 +2547,7 @@ A_T = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 
 def winograd_conv2d(images, weight, bias):
     """F.conv2d(images, weight, bias, padding=1) of images (B, C, H, W) and kernels (K, C, 3, 3),
     with a quarter of the multiplications: each 4x4 tile of the output comes from a 6x6 tile of the
-    input by 36 products instead of 144. Its error is as small as that of F.conv2d."""
+    input by 36 products instead of 144. The relative error is 3e-6; that of F.conv2d is 2e-7."""
     batch, channels, height, width = images.shape
     rows, columns = math.ceil(height / 4), math.ceil(width / 4)  # of tiles
     b_t, g, a_t = (images.new_tensor(matrix) for matrix in (B_T, G, A_T))
