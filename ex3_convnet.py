@@ -237,7 +237,7 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
             Row("dropout 0.9, no batch norm", {"dropout": 0.9, "norm_flag": False})]),
 }
 
-SUMMARY = {  # rows of summary.png: the question and the row that has them
+SUMMARY = {  # lines of summary.png: the question and the row that have the results
     "plain convnet": ("2a", "without batch norm"),
     "batch norm": ("2a", "with batch norm"),
     "batch norm + early stopping": ("2b", "early stopping, with batch norm"),
@@ -394,21 +394,21 @@ def plot_dropout(results, reports, path):
     utils.save_figure(figure, "Figure 7: dropout; bars: standard deviation of the seeds", path,
                       utils.flatten(results.values()), [whole])
 
-def draw_rates(ax, rows, key, label, **style):
-    """An accuracy against the dropout rate, mean and standard deviation of the seeds. rows:
-    {dropout: records}."""
-    rates = [rate for rate in sorted(rows) if utils.values_of(rows[rate], key)]
+def draw_rates(ax, records_of, key, label, **style):
+    """An accuracy against the dropout rate, mean and standard deviation of the seeds.
+    records_of: {dropout: records}."""
+    rates = [rate for rate in sorted(records_of) if utils.values_of(records_of[rate], key)]
     if rates:
-        values = [utils.values_of(rows[rate], key) for rate in rates]
+        values = [utils.values_of(records_of[rate], key) for rate in rates]
         means = [np.mean(numbers) for numbers in values]
         deviations = [np.std(numbers, ddof=1) if len(numbers) > 1 else 0 for numbers in values]
         ax.errorbar(rates, means, deviations, capsize=3, label=label, **style)
 
-def draw_curves_of_rates(ax, rows, key, label):
-    """An accuracy over the epochs, a colour for each dropout rate. rows: {dropout: records}."""
+def draw_curves_of_rates(ax, records_of, key, label):
+    """An accuracy over the epochs, a colour for each rate. records_of: {dropout: records}."""
     colormap = utils.plt.get_cmap("viridis")
-    for rate in sorted(rows):
-        curve = utils.mean_curve([utils.curve_of(record, key) for record in rows[rate]])
+    for rate in sorted(records_of):
+        curve = utils.mean_curve([utils.curve_of(record, key) for record in records_of[rate]])
         utils.draw_curve(ax, curve, 1.4, color=colormap(rate), label=f"{rate:g}")
     ax.set(title=f"{label}, mean of the seeds", ylim=(0, 101))
     utils.label_epochs(ax, "accuracy (%)")

@@ -306,7 +306,7 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
         ]),
 }
 
-SUMMARY = {  # rows of summary.png: the question and the row that has them
+SUMMARY = {  # lines of summary.png: the question and the row that have the results
     "VGG11-BN, frozen": ("4a", "frozen"),
     "VGG11-BN, from scratch": ("4b", "Model 2 (from scratch)"),
     "VGG11-BN, fine-tuned": ("4b", "Model 1 (fine-tuned)")}

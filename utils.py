@@ -1236,7 +1236,7 @@ def leaves(value, place=""):
 def compare_runs(experiments, script, folder):
     """Print a table of the experiments in a folder, and whether the last two differ. Returns the
     lines of a page that shows the same."""
-    rows = [row_of_runs(name, records) for name, records in experiments.items()]
+    rows = [comparison_row(name, records) for name, records in experiments.items()]
     sentence = compare_last_two(experiments)
     print(f"\nThe runs in {folder} (accuracies in %, mean ± standard deviation of the seeds):")
     print_table(rows)
@@ -1256,7 +1256,7 @@ def print_table(rows):
         cells = [row[heading].ljust(max(width, len(heading))) for heading, width in widths.items()]
         print("  ".join(cells).rstrip())
 
-def row_of_runs(name, records):
+def comparison_row(name, records):
     """The row of an experiment in the table of runs, {heading: text}."""
     epochs = [len(record["history"]["val_loss"]) for record in records]
     minutes = [sum(record["history"]["seconds"]) / 60 for record in records]
@@ -1576,27 +1576,27 @@ def plot_learning_curves(runs, title, path, reports=None, lowest=0):
     axes[0].set_ylim(0, 1.05 * axes[0].get_ylim()[1])  # all losses share this axis
     save_figure(figure, title, path, flatten(runs.values()), axes[1::2])
 
-def draw_dots(ax, labels, rows, colors):
-    """Test accuracies, a line for each of the rows (lists of records): one dot per seed, and their
+def draw_dots(ax, labels, groups, colors):
+    """Test accuracies, a line for each of several lists of records: one dot per seed, and their
     mean with its number."""
-    for y, records in enumerate(rows):
+    for y, records in enumerate(groups):
         accuracies, color = values_of(records, "test_accuracy"), colors[y]
         mean = np.mean(accuracies)
         ax.plot(accuracies, [y] * len(accuracies), "o", color=color, alpha=0.45, label="one seed")
         ax.plot([mean, mean], [y - 0.17, y + 0.17], color=color, linewidth=3, label="mean")
         ax.annotate(f"{mean:.1f}", (mean, y - 0.2), ha="center", va="bottom", color=color)
-    ax.set(xlabel="test accuracy (%)", ylim=(len(rows) - 0.5, -0.7))
-    ax.set_yticks(range(len(rows)), labels)
+    ax.set(xlabel="test accuracy (%)", ylim=(len(groups) - 0.5, -0.7))
+    ax.set_yticks(range(len(groups)), labels)
     ax.margins(x=0.1)
     ax.grid(True, axis="x")
 
 def plot_runs(experiments, path, script):
     """Validation accuracy over the epochs and test accuracy of the last six experiments."""
     names = list(experiments)[-MAX_COMPARED:]
-    rows = [experiments[name] for name in names]
+    groups = [experiments[name] for name in names]
     height = 5 + 0.3 * len(names)  # with the legend
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), width_ratios=(3, 2))
-    for name, records, color in zip(names, rows, COLORS):
+    for name, records, color in zip(names, groups, COLORS):
         curves = [curve_of(record, "val_accuracy") for record in records]
         for curve in curves:
             draw_curve(left, curve, 0.7, color=color)
@@ -1604,30 +1604,30 @@ def plot_runs(experiments, path, script):
         draw_curve(left, mean_curve(curves), 2.4, color=color, label=label)
     label_epochs(left, "validation accuracy (%)")
     figure.legend(loc="outside lower left", fontsize=9)
-    draw_dots(right, [plural(len(records), "seed") for records in rows], rows, COLORS)
+    draw_dots(right, [plural(len(records), "seed") for records in groups], groups, COLORS)
     title = f"Runs of {script}.py"
     if len(experiments) > MAX_COMPARED:
         title += f": the last {MAX_COMPARED} of the {len(experiments)} in the table"
-    save_figure(figure, title, path, flatten(rows))
+    save_figure(figure, title, path, flatten(groups))
 
 def plot_summary(summary, questions, results, path):
     """Draw what each technique is worth: test accuracies, a line for each row of the summary that
     has records; nothing for fewer than two rows. summary: {label: (question, row)}."""
-    labels, rows, reports = [], [], []
+    labels, groups, reports = [], [], []
     for label, (question_id, name) in summary.items():
         if name in results.get(question_id, {}):
             records = results[question_id][name]
             labels.append(f"{label} ({plural(len(records), 'seed')})")
-            rows.append(records)
+            groups.append(records)
             reports.append(questions[question_id].reports(results[question_id])[name])
-    if len(rows) < 2:
+    if len(groups) < 2:
         return
-    figure, (ax,) = new_figure(1, 1, 8.5, 0.55 * len(rows))
-    draw_dots(ax, labels, rows, [TRAIN["color"]] * len(rows))
+    figure, (ax,) = new_figure(1, 1, 8.5, 0.55 * len(groups))
+    draw_dots(ax, labels, groups, [TRAIN["color"]] * len(groups))
     for y, report in enumerate(reports):
         if "test_accuracy" in report:
             ax.plot(report["test_accuracy"], y, **REPORT)
-    save_figure(figure, "What each technique is worth", path, flatten(rows), [ax])
+    save_figure(figure, "What each technique is worth", path, flatten(groups), [ax])
 
 def plot_conclusions(verdicts, path, with_report):
     """Do we reach the report's conclusions? A line for each Verdict: our difference with its 95 %
@@ -1704,9 +1704,9 @@ class Question:
         for name in sorted(settings.given):
             if all(name in row.changes for row in self.rows):
                 return f'--{name} has no effect: each row of the question "{self.text}" sets it'
-        rows = [(row.for_identity(), row.pretrained, row.precision)
-                for row in self.settings_of_rows(settings).values()]
-        if len(without_repeats(rows)) < len(self.rows):
+        runs = [(run.for_identity(), run.pretrained, run.precision)
+                for run in self.settings_of_rows(settings).values()]
+        if len(without_repeats(runs)) < len(runs):
             return f'with these flags, runs of the question "{self.text}" are identical'
         return None
 
@@ -1726,16 +1726,17 @@ def has_report(records):
 def plan_runs(settings, questions):
     """The settings of each run that is asked for. Raises UserError for flags that do not go with a
     question."""
-    rows = [settings]
+    planned = [settings]
     if settings.question != "none":
-        rows = []
+        planned = []
         asked = list(questions) if settings.question == "all" else [settings.question]
         for question_id in asked:
             conflict = questions[question_id].conflict(settings)
             if conflict:
                 raise WrongSetting(conflict)
-            rows += questions[question_id].settings_of_rows(settings).values()
-    return without_repeats(row.replace(seed=seed) for row in rows for seed in settings.all_seeds())
+            planned += questions[question_id].settings_of_rows(settings).values()
+    return without_repeats(run.replace(seed=seed) for run in planned
+                           for seed in settings.all_seeds())
 
 def find_results(settings, questions, records, trained):
     """The results with these settings, for the questions asked and for others with two rows or
@@ -1746,8 +1747,9 @@ def find_results(settings, questions, records, trained):
         if question.conflict(settings):  # these flags are not meant for this question
             continue
         found = {}  # {row: experiments}
-        for name, row in question.settings_of_rows(settings).items():
-            experiments = group_experiments([record for record in records if fits(record, row)])
+        for name, row_settings in question.settings_of_rows(settings).items():
+            fitting = [record for record in records if fits(record, row_settings)]
+            experiments = group_experiments(fitting)
             if experiments:
                 found[name] = experiments
         is_asked = settings.question in (question_id, "all")
@@ -1779,7 +1781,7 @@ def fits(record, settings):
         return False
     return settings.precision == "auto" or settings.precision == identity.get("precision")
 
-def choose_experiment(row, experiments, trained):
+def choose_experiment(place, experiments, trained):
     """The records of the experiment that was just trained, or else of the one with the most seeds;
     if several have as many, of the latest of them. Prints which it is, unless there is only one."""
     just_trained = {record["digest"] for record in trained}
@@ -1790,7 +1792,7 @@ def choose_experiment(row, experiments, trained):
         candidates = [name for name, records in experiments.items() if len(records) == most_seeds]
     chosen = candidates[-1]  # the latest
     if len(experiments) > 1:
-        print(f"{row}: of {list_experiments(experiments)} {chosen} is shown")
+        print(f"{place}: of {list_experiments(experiments)} {chosen} is shown")
     return experiments[chosen]
 
 def list_experiments(experiments):
