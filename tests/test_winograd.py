@@ -16,7 +16,7 @@ import utils
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("batch", "height", "width"), [
-    (1, 4, 4), (2, 5, 4), (3, 7, 10), (1, 8, 8), (2, 16, 13), (1, 1, 9), (2, 3, 2)])
+    (1, 4, 4), (2, 5, 4), (3, 7, 10), (1, 8, 8), (2, 16, 13), (1, 1, 9), (2, 3, 2), (0, 8, 8)])
 def test_results_and_gradients_are_those_of_pytorchs_convolution(
         batch, height, width, bias, layout):
     torch.manual_seed(0)
@@ -52,9 +52,8 @@ def changes(layer, size):
     change."""
     images = torch.randn(size, generator=torch.Generator().manual_seed(0))
     before = results(layer, images)
-    model = nn.Sequential(layer)
-    utils.use_winograd(model)
-    after = results(model, images)
+    utils.use_winograd(layer)
+    after = results(layer, images)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     return not torch.equal(after, before)
 
@@ -62,28 +61,44 @@ def changes(layer, size):
     (4, 4, True), (9, 14, True), (3, 9, False), (9, 3, False)])
 def test_a_convolution_of_64_channels_is_computed_by_winograd_from_4_pixels_on(
         height, width, expected):
-    assert changes(nn.Conv2d(64, 16, 3, padding=1), (2, 64, height, width)) == expected
+    assert changes(nn.Conv2d(64, 64, 3, padding=1), (2, 64, height, width)) == expected
 
 @pytest.mark.parametrize("options", [
     {"padding": 0}, {"padding": 2}, {"padding": (1, 0)}, {"padding": 1, "stride": 2},
     {"padding": 1, "stride": (1, 2)}, {"padding": 1, "groups": 2}, {"padding": 1, "dilation": 2},
     {"padding": 2, "dilation": 2}, {"padding": 1, "padding_mode": "reflect"},
     {"padding": 1, "kernel_size": 1}, {"padding": 1, "kernel_size": (3, 1)},
-    {"padding": 2, "kernel_size": 5}, {"padding": 1, "in_channels": 63}])
+    {"padding": 2, "kernel_size": 5}, {"padding": 1, "in_channels": 63},
+    {"padding": 1, "out_channels": 63}])
 def test_another_convolution_stays_direct(options):
-    layer = nn.Conv2d(**{"in_channels": 64, "out_channels": 16, "kernel_size": 3, **options})
+    layer = nn.Conv2d(**{"in_channels": 64, "out_channels": 64, "kernel_size": 3, **options})
     assert not changes(layer, (2, layer.in_channels, 8, 9))
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", True), ("bfloat16", False)])
 def test_a_network_is_prepared_with_it_in_float32_only(dtype, expected):
-    model = nn.Sequential(nn.Conv2d(64, 16, 3, padding=1)).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)).to(memory_format=torch.channels_last)
     images = torch.randn(2, 64, 8, 8).to(memory_format=torch.channels_last)
     before = results(model, images)
     utils.prepare_model(model, parse(), getattr(torch, dtype))
     assert torch.equal(results(model, images), before) is not expected
 
+def test_a_layer_stays_a_convolution_and_keeps_its_hooks():
+    layer = nn.Conv2d(64, 64, 3, padding=1)
+    calls = []
+    layer.register_forward_hook(lambda *arguments: calls.append("called"))
+    utils.use_winograd(layer)
+    assert layer(torch.randn(64, 8, 8)).shape == (64, 8, 8)  # one image, without a batch
+    assert isinstance(layer, nn.Conv2d)
+    assert (layer.out_channels, layer.kernel_size, calls) == (64, (3, 3), ["called"])
+
+def test_images_with_another_number_of_channels_are_an_error():
+    layer = nn.Conv2d(128, 64, 3, padding=1, bias=False)
+    utils.use_winograd(layer)
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(2, 64, 8, 8))
+
 def test_a_copy_computes_with_its_own_weights():
-    model = nn.Sequential(nn.Conv2d(64, 16, 3, padding=1))
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1))
     utils.use_winograd(model)
     images = torch.randn(2, 64, 8, 8)
     before = results(model, images)
@@ -123,7 +138,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
 @pytest.mark.skipif(not shutil.which("c++"), reason="there is no C++ compiler")
 def test_a_compiled_network_computes_the_same():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(64, 8, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
     images = torch.randn(2, 64, 6, 6)
     expected = results(copy.deepcopy(model), images)
     utils.prepare_model(model, parse("--compile"), torch.float32)
