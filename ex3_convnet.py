@@ -14,7 +14,7 @@ from torch import nn
 import utils
 from utils import Claim, Question, Row
 
-# Each setting is also a flag of the command line.
+# Each setting is also a flag of the command line; code reads it as settings.num_epochs, ...
 # --- experiment -------------------------------------------------------------------------------
 norm_flag = False  # batch normalization after each convolution (Question 2a)
 earlystop = False  # stop when validation stops improving; keep the best model (2b)

@@ -19,7 +19,7 @@ from torchvision.models import VGG11_BN_Weights, vgg11_bn
 import utils
 from utils import Claim, Question, Row
 
-# Each setting is also a flag of the command line.
+# Each setting is also a flag of the command line; code reads it as settings.num_epochs, ...
 # --- experiment -------------------------------------------------------------------------------
 pretrained = "imagenet"  # imagenet, none (from scratch, 4b), or the path of weights: see README
 fine_tune = True  # train the pretrained part, too; False: only the new layers (4a)
@@ -340,6 +340,8 @@ def check(settings):
     if settings.pretrained == "none" and not settings.fine_tune:
         raise utils.WrongSetting("--pretrained=none with --fine_tune=False would freeze random "
                                  "features: leave one of them out")
+    if "frozen_norm" in settings.given and settings.fine_tune:
+        raise utils.WrongSetting("--frozen_norm has no effect without --fine_tune=False")
     if settings.batch_size == 1 or settings.num_training == 1:
         raise utils.WrongSetting("batch norm cannot train on a single image: give a larger "
                                  "--batch_size or --num_training")

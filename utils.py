@@ -12,6 +12,7 @@ Some words have a fixed meaning here:
 """
 
 import argparse
+import ast
 import base64
 import copy
 import csv
@@ -851,7 +852,7 @@ class Run:
         self.checkpoint_folder = FOLDER / "checkpoints" / record_name(title, any_length, settings)
         self.metadata = {
             "title": title, "data": data.name, "classes": data.classes, "seed": settings.seed,
-            "note": settings.note, "pretrained": Path(settings.pretrained).name,
+            "note": settings.note, "pretrained": Path(settings.get("pretrained", "none")).name,
             "identity": identity, "settings": settings.for_record(),
             "device": describe_device(data.images.device),
             "precision": str(dtype).removeprefix("torch."), "compile": settings.compile,
@@ -886,6 +887,10 @@ class Run:
         print(f"{metadata['title']}, seed {metadata['seed']}: {self.model_size:,} trainable "
               f"parameters; {metadata['data']}, {plural(self.num_images, 'training image')}; "
               f"{metadata['device']}, {metadata['precision']}")
+        own = [f"{name} {value}" for name, value in metadata["settings"].items()
+               if name not in PARSERS]
+        if own:
+            print(f"Settings that you have added: {', '.join(own)}")
 
     def resume(self, epoch, history, precision):
         """Continue after an epoch that was possibly computed on another machine, in another
@@ -1704,7 +1709,7 @@ class Question:
         for name in sorted(settings.given):
             if all(name in row.changes for row in self.rows):
                 return f'--{name} has no effect: each row of the question "{self.text}" sets it'
-        runs = [(run.for_identity(), run.pretrained, run.precision)
+        runs = [(run.for_identity(), run.get("pretrained", "none"), run.precision)
                 for run in self.settings_of_rows(settings).values()]
         if len(without_repeats(runs)) < len(runs):
             return f'with these flags, runs of the question "{self.text}" are identical'
@@ -1724,19 +1729,32 @@ def has_report(records):
     return all(record["identity"]["data"] == report for record in records)
 
 def plan_runs(settings, questions):
-    """The settings of each run that is asked for. Raises UserError for flags that do not go with a
-    question."""
+    """The settings of each run that is asked for. Prints what a question sets. Raises UserError for
+    settings that do not go together."""
     planned = [settings]
     if settings.question != "none":
         planned = []
         asked = list(questions) if settings.question == "all" else [settings.question]
         for question_id in asked:
-            conflict = questions[question_id].conflict(settings)
+            question = questions[question_id]
+            conflict = question.conflict(settings)
             if conflict:
                 raise WrongSetting(conflict)
-            planned += questions[question_id].settings_of_rows(settings).values()
+            for name, value in question.defaults.items():
+                if name not in settings.given and getattr(settings, name) != value:
+                    print(f"Question {question_id} sets {name} to {value}; --{name} changes that")
+            planned += question.settings_of_rows(settings).values()
+    for name in SHARED_SETTINGS:
+        if any(getattr(run, name) != getattr(settings, name) for run in planned):
+            raise WrongSetting(f"a row of a question cannot set {name}: its runs share the data")
+    for name in "patience", "monitor":
+        if name in settings.given and not any(run.earlystop for run in planned):
+            raise WrongSetting(f"--{name} has no effect without --earlystop")
     return without_repeats(run.replace(seed=seed) for run in planned
                            for seed in settings.all_seeds())
+
+SHARED_SETTINGS = ("dataset", "num_training", "num_validation", "image_size", "precision", "device",
+                   "compile", "deterministic", "results")
 
 def find_results(settings, questions, records, trained):
     """The results with these settings, for the questions asked and for others with two rows or
@@ -1773,11 +1791,12 @@ def fits(record, settings):
     identity = record["identity"]
     if identity["settings"] != canonical(settings.for_identity()):
         return False
-    has_weights, needs_weights = "weights" in identity, settings.pretrained != "none"
+    pretrained = settings.get("pretrained", "none")
+    has_weights, needs_weights = "weights" in identity, pretrained != "none"
     if has_weights != needs_weights:
         return False
-    names_a_file = settings.pretrained not in ("none", "imagenet")
-    if names_a_file and Path(settings.pretrained).name != record["pretrained"]:
+    names_a_file = pretrained not in ("none", "imagenet")
+    if names_a_file and Path(pretrained).name != record["pretrained"]:
         return False
     return settings.precision == "auto" or settings.precision == identity.get("precision")
 
@@ -2048,9 +2067,9 @@ def claim_line(verdict, with_report):
 
 
 # ========== settings ==========
-# A setting is a plain value with a name at the top level of a script, such as norm_flag = False.
-# Names in capital letters are constants. Each setting is also a flag of the command line, unless it
-# is a list; the comment beside it is the flag's help text.
+# A setting is a plain value that gets its name above "# --- end of settings" in a script, such as
+# norm_flag = False; names in capital letters are constants. Each setting is also a flag of the
+# command line, unless it is a list; the comment beside it is the flag's help text.
 
 def wrong_value(text, words):
     """The error for an invalid value; argparse adds the name of the setting."""
@@ -2073,9 +2092,19 @@ def any_number(text):
     except ValueError:
         raise wrong_value(text, "a number") from None
 
+def any_note(text):
+    return text or "none"
+
+def any_value(text):
+    """A number, True, False, None or else a text, as Python reads it."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
 def weights(text):
-    """True means ImageNet's weights, as in older versions of torchvision."""
-    if text.lower() == "true":
+    """True, or torchvision's name for them, means ImageNet's weights."""
+    if text.lower() == "true" or text.startswith("VGG11_BN_Weights."):
         return "imagenet"
     if text.lower() in ("false", "none"):
         return "none"
@@ -2123,7 +2152,8 @@ PARSERS = {  # setting: a function of a text that returns the value
     "dropout": between(0, 0.99), "reg": between(0, 1e6), "learning_rate": between(1e-12, 1e6),
     "learning_rate_decay": between(1e-6, 1.0), "pretrained": weights, "dataset": any_text,
     "results": any_text, "device": any_text, "checkpoint": any_text, "predict": any_text,
-    "note": any_text}
+    "question": any_text,
+    "note": any_note}
 NOT_IN_IDENTITY = {
     "seed",  # runs are compared over their seeds
     "dataset", "precision", "pretrained",  # stored separately, the weights as a hash
@@ -2132,14 +2162,30 @@ NOT_IN_IDENTITY = {
 
 class Settings(argparse.Namespace):
     """The settings of a run. Four attributes are not settings: `script`, the script's name; `code`,
-    a hash of the code below the settings; `given`, the names of the settings on the command line;
+    a hash of the code without the settings; `given`, the names of the settings on the command line;
     `identity_names`, of those that decide what a run computes."""
 
+    def __getattr__(self, name):
+        """Called for an attribute that is not there, so for a setting that the script lacks."""
+        if name.startswith("__"):  # Python itself asks for special methods
+            raise AttributeError(name)
+        raise WrongSetting(f"there is no setting {name} at the top of {self.script}.py")
+
+    def get(self, name, default):
+        """A setting that only one of the scripts has."""
+        return vars(self).get(name, default)
+
     def replace(self, **changes):
-        """A copy with some of them changed. Raises UserError for a name that is no setting."""
-        for name in changes:
+        """A copy with some settings changed; the values may be those that a script may have. Raises
+        UserError for a wrong one."""
+        for name, value in changes.items():
             if name not in self:
                 raise WrongSetting(f"there is no setting {name}")
+            if name in PARSERS:
+                try:
+                    changes[name] = PARSERS[name](text_of(value))
+                except argparse.ArgumentTypeError as error:
+                    raise WrongSetting(f"{name}: {error}") from error
         return Settings(**dict(vars(self), **changes))
 
     def all_seeds(self):
@@ -2153,6 +2199,10 @@ class Settings(argparse.Namespace):
         """The same as JSON has them, with those that are off."""
         return plain_value(self.for_identity())
 
+def text_of(value):
+    """A setting's value as on the command line."""
+    return "none" if value is None else str(value)
+
 def parse_settings(script, argv=None):
     """The Settings of a script (its globals()), overridden by the flags in argv. None stands for
     the flags of the command line or, if the script is imported, for none. Raises UserError."""
@@ -2160,29 +2210,47 @@ def parse_settings(script, argv=None):
     source = path.read_text(encoding="utf-8-sig")
     if argv is None:
         argv = sys.argv[1:] if script["__name__"] == "__main__" else []
+    argv = [str(flag) for flag in argv]
     parser = Parser(path.name, "%(prog)s [--flag=value ...]", script["__doc__"], allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = source.split("# --- end of settings")[0]
+    comments = dict(re.findall(r"^(\w+).*?(?:  # (.*))?$", top, re.MULTILINE))
+    names = [name for name in comments if is_setting(name, script)]
     lists = {}
-    for name, value in plain_values(script).items():
-        if isinstance(value, (list, tuple)) and name not in PARSERS:
-            lists[name] = value
+    for name in names:
+        if isinstance(script[name], (list, tuple)) and name not in PARSERS:
+            lists[name] = script[name]
         else:
-            comment = re.search(rf"^{name}\b.*?  # (.*)$", source, re.MULTILINE)
-            add_flag(parser, name, value, comment[1] if comment else name, script["QUESTIONS"])
+            add_flag(parser, name, script[name], comments[name] or name)
     values = vars(parser.parse_args(argv))
-    names = {*values, *lists}
-    values.setdefault("pretrained", "none")  # the convnet has no such setting
-    code = source.split("# --- end of settings")[-1] + Path(__file__).read_text(encoding="utf-8")
+    questions = ["none", *script["QUESTIONS"], "all"]
+    if values["question"] not in questions:
+        parser.error(f"argument --question: {values['question']!r} must be "
+                     f"{' or '.join(questions)}")
+    setting_lines = rf"^(?:{'|'.join(names)})\b.*\n"
+    code = re.sub(setting_lines, "", source, flags=re.MULTILINE)
+    code += Path(__file__).read_text(encoding="utf-8")
     return Settings(**values, **lists, script=path.stem,
                     code=hashlib.sha256(code.encode()).hexdigest()[:8],
                     given={flag[2:].partition("=")[0] for flag in argv if flag.startswith("--")},
-                    identity_names=sorted(names - NOT_IN_IDENTITY))
+                    identity_names=sorted({*names} - NOT_IN_IDENTITY))
 
-def plain_values(script):
-    """The values of a script's settings, {name: value}."""
-    return {name: value for name, value in script.items()
-            if not (name.startswith("_") or name.isupper())
-            and isinstance(value, (bool, int, float, str, list, tuple, type(None)))}
+def is_setting(name, script):
+    """Whether a word that begins a line of a script is the name of a setting. Raises UserError for
+    a name that cannot be one."""
+    if name not in script or name.startswith("_") or name.isupper():
+        return False
+    if name not in PARSERS and not is_plain(script[name]):
+        return False
+    if hasattr(Settings, name) or name in ("help", "script", "code", "given", "identity_names"):
+        raise WrongSetting(f"no setting can be called {name}: choose another name")
+    return True
+
+def is_plain(value):
+    """Whether a value is a number, a text, True, False, None or a list of such values."""
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(part) for part in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError."""
@@ -2190,20 +2258,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise WrongSetting(f"{message} (--help lists the settings)")
 
-def add_flag(parser, name, value, comment, questions):
-    """Add a setting with this value in the script to a parser. What is in PARSERS is parsed by
-    that, others by the type of the value."""
-    if name == "question":
-        parse = choice("none", *questions, "all")
-    elif name in PARSERS:
+def add_flag(parser, name, value, comment):
+    """Add a setting with this value in the script to a parser. How it is parsed is said in PARSERS
+    or, for a setting that you have added, follows from the type of the value."""
+    default = text_of(value)  # argparse parses it, too, if it is a text
+    if name in PARSERS:
         parse = PARSERS[name]
-    elif value is None or isinstance(value, bool):
+    elif value is None:
+        parse, default = any_value, None
+    elif isinstance(value, bool):
         parse = boolean
     elif isinstance(value, (int, float)):
         parse = any_number
     else:
         parse = any_text
-    default = "none" if value is None else str(value)  # argparse parses it, too, if it is a text
     words = f"{comment} (default: {value})".replace("%", "%%")
     if parse is boolean:  # --norm_flag is --norm_flag=True
         parser.add_argument(f"--{name}", type=parse, default=default, nargs="?", const=True,
@@ -2468,8 +2536,9 @@ def choose_device(settings):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for older PyTorch
     try:
         device = torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise WrongSetting(f"--device={name}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise WrongSetting(f"--device={name} is not there ({reason}): use cpu or cuda") from error
     torch.backends.cudnn.benchmark = not settings.deterministic
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, not TF32
     torch.use_deterministic_algorithms(settings.deterministic and device.type == "cuda")

@@ -135,9 +135,9 @@ def test_a_run_of_today_has_the_identity_of_the_published_one(script, monkeypatc
     for record in {record["title"]: record for record in records}.values():
         known = record["identity"]
         weights = known.get("weights")
-        own = settings.replace(**off, pretrained="weights.pth" if weights else "none",
-                               seed=record["seed"], note=record["note"])
-        own = own.replace(**known["settings"])
+        own = utils.Settings(**{**vars(settings), **off, **known["settings"],
+                                "pretrained": "weights.pth" if weights else "none",
+                                "seed": record["seed"], "note": record["note"]})
         sizes = {part: range(known["data"][part]) for part in ("train", "val", "test")}
         data = SimpleNamespace(mean=torch.tensor(script.MEAN), std=torch.tensor(script.STD),
                                fingerprint=known["data"]["fingerprint"], **sizes)

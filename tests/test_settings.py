@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import parse
+from conftest import TINY, parse
 
 import ex3_convnet
 import ex3_pretrained
@@ -66,7 +66,10 @@ def test_an_own_setting_is_a_flag_and_counts_wherever_it_stands(
 
 @pytest.mark.parametrize(("text", "name", "is_setting"), [
     ("limits = [10, 20]", "limits", True), ("LIMITS = 3", "LIMITS", False),
-    ("_limits = 3", "_limits", False), ("limits = {1: 2}", "limits", False)])
+    ("_limits = 3", "_limits", False), ("limits = {1: 2}", "limits", False),
+    ("limits = [nn.ReLU]", "limits", False), ("for i in range(3):\n    pass", "i", False),
+    ("from math import pi", "pi", False),
+    ("# --- end of settings ---\nlimits = 3", "limits", False)])
 def test_a_list_and_a_constant_are_no_flags(edit, text, name, is_setting):
     settings = utils.parse_settings(vars(edit("note", f'note = "none"\n{text}')), [])
     assert (name in settings) == is_setting
@@ -89,12 +92,81 @@ def test_a_wrong_setting_is_one_sentence_unless_a_flag_overrides_it(edit, text):
     settings = utils.parse_settings(vars(script), [f"--{name}={expected}"])
     assert getattr(settings, name) == expected
 
+@pytest.mark.parametrize(("text", "expected"), [
+    ("batch_size = np.int64(50)", 50), ("norm_flag = np.bool_(True)", True),
+    ("dropout = np.float32(0.5)", 0.5), ("device = torch.device('cpu')", "cpu"),
+    ("pretrained = VGG11_BN_Weights.DEFAULT", "imagenet"), ('note = ""', "none")])
+def test_a_value_of_another_library_is_taken_for_what_it_says(edit, text, expected):
+    name = text.split()[0]
+    settings = utils.parse_settings(vars(edit(name, text)), [])
+    assert getattr(settings, name) == expected
+
+@pytest.mark.parametrize("text", ["# norm_flag = True", "Norm_flag = True", "norm_flag: bool"])
+def test_a_setting_that_is_missing_is_named(edit, folder, few, text):
+    script = edit("norm_flag", text)
+    with pytest.raises(utils.UserError, match="there is no setting norm_flag at the top of ex3_"):
+        script.main(TINY)
+
+@pytest.mark.parametrize("name", ["help", "code", "replace", "get"])
+def test_a_name_that_no_setting_can_have_is_one_sentence(edit, name):
+    script = edit("note", f'note = "none"\n{name} = 3')
+    with pytest.raises(utils.UserError, match=f"no setting can be called {name}"):
+        utils.parse_settings(vars(script), [])
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"norm_flag": "perhaps"}, "True or False"), ({"dropout": 1.5}, "from 0 to 0.99"),
+    ({"augmentation": "flip"}, "must be none, vertical_flip"), ({"batch_size": 0}, "from 1 to"),
+    ({"monitor": "val_loss"}, "accuracy or loss"), ({"num_training": 30}, "cannot set num_train"),
+    ({"image_size": 64}, "cannot set image_size"), ({"precision": "fp16"}, "must be auto")])
+def test_a_wrong_row_of_an_own_question_is_one_sentence(folder, monkeypatch, changes, words):
+    question = utils.Question("mine", [utils.Row("mine", changes)])
+    monkeypatch.setitem(ex3_convnet.QUESTIONS, "mine", question)
+    with pytest.raises(utils.UserError, match=words) as error:
+        ex3_convnet.main(["--question=mine", "--redraw"])
+    assert error.value.exit_code == 2
+
+def test_a_row_is_read_as_the_settings_are():
+    settings = parse().replace(norm_flag="False", batch_size=2e1, patience=None, num_epochs="2")
+    assert (settings.norm_flag, settings.batch_size, settings.patience, settings.num_epochs) == (
+        False, 20, 0, 2)
+
+@pytest.mark.parametrize(("script", "flag", "words"), [
+    (ex3_convnet, "--patience=3", "without --earlystop"),
+    (ex3_convnet, "--monitor=loss", "without --earlystop"),
+    (ex3_pretrained, "--frozen_norm=train", "without --fine_tune=False")])
+def test_a_flag_without_effect_is_one_sentence(folder, script, flag, words):
+    with pytest.raises(utils.UserError, match=f"has no effect {words}"):
+        script.main([flag, "--redraw"])
+
+def test_a_question_says_which_settings_it_changes(folder, capsys):
+    settings = parse("--question=2b")
+    utils.plan_runs(settings, ex3_convnet.QUESTIONS)
+    words = "Question 2b sets num_epochs to 50; --num_epochs changes that"
+    assert words in capsys.readouterr().out
+    utils.plan_runs(parse("--question=2b", "--num_epochs=20"), ex3_convnet.QUESTIONS)
+    assert words not in capsys.readouterr().out
+
+def test_own_settings_are_named_at_the_start_of_a_run(edit, folder, few, no_figures, capsys):
+    script = edit("note", 'note = "none"\ndroput = 0.3')
+    script.CHANNELS = (8, 8, 8, 8, 8)
+    script.main([*TINY, "--num_epochs=1"])
+    assert "Settings that you have added: droput 0.3\n" in capsys.readouterr().out
+
+@pytest.mark.parametrize("text", ["LIMIT = 3", "limits = {1: 2}", "acts = [nn.ReLU]"])
+def test_the_codes_hash_is_of_all_but_the_settings(edit, text):
+    def code(name, line):
+        return utils.parse_settings(vars(edit(name, line)), []).code
+
+    before = code("dropout", "dropout = 0.3")
+    assert code("dropout", "dropout = 0.5  # half") == before
+    assert code("dropout", f"dropout = 0.3\n{text}") != before
+
 @pytest.mark.parametrize("flag", [
     "--dropout=1", "--dropout=nan", "--dropout=a", "--dropout=", "--num_epochs=0",
     "--num_epochs=2.5", "--num_epochs=inf", "--num_epochs", "--learning_rate=0", "--reg=-1",
     "--seed=4294967296", "--norm_flag=maybe", "--augmentation=flip", "--augmentation=rotation+none",
     "--augmentation=rotation+", "--monitor=test", "--monitor=none", "--precision=none",
-    "--frozen_norm=none", "--question=5", "--dataset=", "--note=", "--image_size=16",
+    "--frozen_norm=none", "--question=5", "--dataset=", "--image_size=16",
     "--unknown=1", "--norm", "positional", "--device=gpu"])
 def test_a_wrong_flag_is_one_sentence(folder, flag):
     """Which for an augmentation names the right ones."""
