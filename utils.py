@@ -1432,10 +1432,11 @@ def drawable(text):
     return text
 
 def first_filters(model):
-    """The weights of the first convolution, for a record: float16 in base64, and their shape
-    (N, 3, K, K)."""
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    weights = np.empty((0, 3, 3, 3), np.float16)  # of a network without convolutions
+    """The weights of the first convolution of colours, for a record: float16 in base64, and their
+    shape (N, 3, K, K)."""
+    layers = [layer for layer in model.modules()
+              if isinstance(layer, nn.Conv2d) and layer.weight.shape[1] == 3]
+    weights = np.empty((0, 3, 3, 3), np.float16)  # of a network without such a convolution
     if layers:
         weights = layers[0].weight.detach().cpu().half().contiguous().numpy()
     return [base64.b64encode(weights).decode(), weights.shape]

@@ -240,10 +240,13 @@ def test_hand_ins_may_stand_in_folders_of_their_own_but_not_those_of_other_photo
     assert ex3_convnet.main([*argv, "--redraw"]) == [record]
     assert "other.json is left out: it was written" in capsys.readouterr().err
 
-def test_a_network_without_convolutions_is_recorded_too(folder, few):
-    linear = ("self.layers = nn.Sequential(*layers, nn.Flatten(), head)",
-              "self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))")
-    assert len(edited(folder, linear).main(ARGV)) == 1
+@pytest.mark.parametrize("layers", [
+    "nn.Flatten()",
+    "nn.PixelUnshuffle(2), nn.Conv2d(12, 12, 3, padding=1), nn.PixelShuffle(2), nn.Flatten()"])
+def test_a_network_without_a_convolution_of_colours_is_recorded_too(folder, few, layers):
+    own = ("self.layers = nn.Sequential(*layers, nn.Flatten(), head)",
+           f"self.layers = nn.Sequential({layers}, nn.Linear(3072, num_classes))")
+    assert len(edited(folder, own).main(ARGV)) == 1
     assert len([*folder.glob("figures/*/*/*_classes.png")]) == 1
 
 def test_seeds_of_edited_code_are_called_versions_of_it_whatever_git_knows(small, capsys):
