@@ -32,23 +32,23 @@ augmentation = "horizontal_flip"  # of the training images: a name in AUGMENTATI
 # --- training recipe --------------------------------------------------------------------------
 num_epochs = 30  # passes over the training images, at most
 batch_size = 200  # images in each step
-learning_rate = 1e-3  # of Adam
+learning_rate = 1e-3  # of the Adam optimizer
 learning_rate_decay = 0.99  # the learning rate is multiplied by this after each epoch
 reg = 0  # weight decay (L2 penalty)
 num_training = 0  # number of training images; 0: all that are not for validation
 num_validation = 0  # number of validation images; 0: the data set's default (CIFAR-10: 1,000)
 image_size = 32  # images are resized to this number of pixels per side
-seed = 0  # decides all that is random: initial weights, order, augmentation
+seed = 0  # seeds everything random: initial weights, order, augmentation
 
 # --- where and how to run ---------------------------------------------------------------------
 dataset = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ and test/<class>/
 results = "figures"  # the folder of records, tables and figures
 device = "auto"  # auto: CUDA where there is one
-precision = "auto"  # float32, bfloat16 or float16; auto: the one that is fast here
+precision = "auto"  # float32, bfloat16 or float16; auto: the fastest one here
 compile = False  # torch.compile: 10 s to a minute more to start; measure whether it pays
 deterministic = False  # the same numbers every time on CUDA, too, as on a CPU, but slower
-resume = False  # go on with an interrupted run from its latest checkpoint
-question = "none"  # run all of a question of the report
+resume = False  # continue an interrupted run from its latest checkpoint
+question = "none"  # train all runs of a question of the report
 seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
 rerun = False  # repeat the runs of a question that already have a record
 redraw = False  # do not train: make tables and figures again, from the records
@@ -98,7 +98,7 @@ class VGG(nn.Module):
         return self.head(self.extract(images))
 
 def build_model(settings, num_classes):
-    """The network of the settings, with initial weights; the pretrained ones come later."""
+    """The network of the settings, with initial weights; load_features adds pretrained ones."""
     model = VGG(settings.fine_tune, settings.frozen_norm, num_classes)
     if settings.pretrained == "none":
         init_head(model)

@@ -80,7 +80,7 @@ def plural(count, noun):
 
 @dataclass
 class Data:
-    """A data set, held entirely on one device: nothing is read or copied while training."""
+    """A data set, held entirely on one device: nothing is read or transferred while training."""
 
     name: str
     classes: list  # their names
@@ -261,7 +261,7 @@ def download_cifar10(folder):
             return
         except Exception as error:  # each library raises exceptions of its own
             problem = error
-    raise UserError(f"no mirror delivers CIFAR-10 ({problem}): put {CIFAR10.filename} into "
+    raise UserError(f"CIFAR-10 cannot be downloaded ({problem}): put {CIFAR10.filename} into "
                     f"{folder}, or use --dataset=synthetic")
 
 def read_image_folder(folder, size):
@@ -290,7 +290,7 @@ def read_image_folder(folder, size):
     report_unused_images(folder, paths)
     images, unreadable = read_images(paths, size)
     if unreadable:
-        raise UserError(f"these are not images: {'; '.join(unreadable.values())}")
+        raise UserError(f"these cannot be read as images: {'; '.join(unreadable.values())}")
     sizes = {split: sum(map(len, found.values()))
              for split, found in (("train", train), ("val", val), ("test", test))}
     report_repeated_images(images, sizes["train"])
@@ -530,20 +530,20 @@ def adjust_hue(images, shift):
 def color_jitter(images, generator, brightness, contrast, saturation, hue):
     """Change brightness, contrast and saturation by a random factor of 1 ± the argument, the hue by
     ± that fraction of the circle; in random order, the same for the whole batch."""
-    changes = [("brightness", 1, brightness), ("contrast", 1, contrast),
-               ("saturation", 1, saturation), ("hue", 0, hue)]
-    for i in torch.randperm(4, generator=generator).tolist():
-        name, centre, width = changes[i]
-        amount = uniform(centre - width, centre + width, images, generator).view(-1, 1, 1, 1)
-        if name == "brightness":
-            images = blend(images, 0, amount)
-        elif name == "contrast":
+    def amount(low, high):
+        return uniform(low, high, images, generator).view(-1, 1, 1, 1)
+
+    for change in torch.randperm(4, generator=generator).tolist():
+        if change == 0:
+            images = blend(images, 0, amount(1 - brightness, 1 + brightness))
+        elif change == 1:
             mean = rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True)
-            images = blend(images, mean, amount)
-        elif name == "saturation":
-            images = blend(images, rgb_to_grayscale(images), amount)
+            images = blend(images, mean, amount(1 - contrast, 1 + contrast))
+        elif change == 2:
+            grey = rgb_to_grayscale(images)
+            images = blend(images, grey, amount(1 - saturation, 1 + saturation))
         else:
-            images = adjust_hue(images, amount)
+            images = adjust_hue(images, amount(-hue, hue))
     return images
 
 AUGMENTATIONS = {  # the techniques of Table 3 and their parameters
@@ -661,11 +661,9 @@ def test(model, data, dtype):
 def worst_mistakes(correct, predicted, probabilities, count=8):
     """The mistakes that a network is most confident of, each as [position among the test images,
     predicted class, probability]."""
-    mistakes = []
-    for i in probabilities.argsort(descending=True, stable=True).tolist():
-        if not correct[i] and len(mistakes) < count:
-            mistakes.append([i, predicted[i].item(), probabilities[i].item()])
-    return mistakes
+    by_confidence = probabilities.argsort(descending=True, stable=True).tolist()
+    mistakes = [i for i in by_confidence if not correct[i]]
+    return [[i, predicted[i].item(), probabilities[i].item()] for i in mistakes[:count]]
 
 @torch.no_grad()
 def precise_bn_accuracies(model, part, data, dtype):
@@ -815,7 +813,7 @@ def load_checkpoint(path):
 
 @contextmanager
 def atomic_write(path):
-    """A temporary path that becomes `path` if no exception occurs: no file is half-written."""
+    """A temporary path that becomes `path` if no exception occurs: no file is left half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{time.time_ns()}.tmp")
     try:
@@ -2464,7 +2462,7 @@ def predict(settings, build_model, device):
         logits, labels = predict_logits(model, data.batches(data.test), dtype)
         show_predictions(paths, root, classes, logits.cpu(), labels.cpu())
     if unreadable:
-        raise UserError(f"these are not images: {'; '.join(unreadable.values())}")
+        raise UserError(f"these cannot be read as images: {'; '.join(unreadable.values())}")
 
 def find_images_to_predict(root):
     """The files to classify: one, or those of a folder. As in training, the folder of a class may

@@ -112,7 +112,7 @@ def test_mirrors_are_tried_in_turn_and_once_and_without_one_a_sentence_says_what
         folder, cifar10, mirrors):
     source, _, labels = cifar10
     there, asked = mirrors
-    words = r"^no mirror.*\.tar\.gz.*--dataset=synthetic$"
+    words = r"^CIFAR-10 cannot be downloaded.*\.tar\.gz.*--dataset=synthetic$"
     with pytest.raises(utils.UserError, match=words) as error:
         ex3_convnet.main([])
     assert error.value.exit_code == 1
