@@ -21,7 +21,7 @@ earlystop = False  # stop when validation stops improving; keep the best model (
 patience = 10  # stop after this many epochs without improvement; 0: never stop early
 monitor = "accuracy"  # what early stopping watches: validation accuracy or loss
 dropout = 0  # probability of dropping a unit after each block; 0: off (3b)
-augmentation = "none"  # of the training images (3a): a name in AUGMENTATIONS in utils.py, or a+b
+augmentation = "none"  # of training images (3a): none, a name in AUGMENTATIONS in utils.py, or a+b
 
 # --- training recipe --------------------------------------------------------------------------
 num_epochs = 20  # passes over the training images; the report takes 50 with early stopping
@@ -35,7 +35,7 @@ image_size = 32  # images are resized to this number of pixels per side
 seed = 0  # seeds everything random: initial weights, order, augmentation, dropout
 
 # --- where and how to run ---------------------------------------------------------------------
-dataset = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ and test/<class>/
+dataset = "cifar10"  # cifar10, synthetic, or a folder: of CIFAR-10, or with train/<class>/, test/
 results = "figures"  # the folder of records, tables and figures
 device = "auto"  # auto: CUDA where there is one
 precision = "auto"  # float32, bfloat16 or float16; auto: the fastest one here
@@ -48,7 +48,7 @@ rerun = False  # repeat the runs of a question that already have a record
 redraw = False  # do not train: make tables and figures again, from the records
 checkpoint = "none"  # the file of a trained network, for --predict
 predict = "none"  # an image or a folder of images, to be classified by that network
-note = "none"  # your name or a remark, to be stored in the record
+note = "none"  # your name or a remark, stored in the record and in its file's name
 # --- end of settings --------------------------------------------------------------------------
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # normalization: pixels 0..1 become -1..1
@@ -211,7 +211,7 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
         title="Table 3", defaults={"norm_flag": True},
         figures=("figure_6.png", "figure_6_techniques.png"),
         note="The report does not say whether its validation images were augmented; its numbers "
-             "stand beside those of augmented ones, which they fit.",
+             "stand beside those of augmented ones, which most of them fit better.",
         columns={"validation, plain": "val_accuracy",
                  "validation, augmented": "val_accuracy_augmented",
                  "validation, precise BN": "val_accuracy_recalibrated", "test": "test_accuracy"},
@@ -428,7 +428,7 @@ def main(argv=None):
 
     argv: a list of flags; None: those of the command line, if this file is run. Returns a list of
     the records that are shown, dicts with title, seed, result, history, ... Raises utils.UserError
-    for what a user can put right, and at the end for runs that have diverged.
+    for what a user can put right, and at the end for runs that have diverged or are missing.
     """
     settings = utils.parse_settings(globals(), argv)
     return utils.run(settings, mean=MEAN, std=STD, build_model=build_model, train=train, draw=draw,

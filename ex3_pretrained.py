@@ -27,7 +27,7 @@ frozen_norm = "eval"  # mode of the frozen batch norm layers: eval, or train as 
 earlystop = True  # stop when validation stops improving; keep the best model
 patience = 10  # stop after this many epochs without improvement; 0: never stop early
 monitor = "accuracy"  # what early stopping watches: validation accuracy or loss
-augmentation = "horizontal_flip"  # of the training images: a name in AUGMENTATIONS in utils.py
+augmentation = "horizontal_flip"  # none, a name in AUGMENTATIONS in utils.py, or a+b
 
 # --- training recipe --------------------------------------------------------------------------
 num_epochs = 30  # passes over the training images, at most
@@ -41,7 +41,7 @@ image_size = 32  # images are resized to this number of pixels per side
 seed = 0  # seeds everything random: initial weights, order, augmentation
 
 # --- where and how to run ---------------------------------------------------------------------
-dataset = "cifar10"  # cifar10, synthetic, or a folder with train/<class>/ and test/<class>/
+dataset = "cifar10"  # cifar10, synthetic, or a folder: of CIFAR-10, or with train/<class>/, test/
 results = "figures"  # the folder of records, tables and figures
 device = "auto"  # auto: CUDA where there is one
 precision = "auto"  # float32, bfloat16 or float16; auto: the fastest one here
@@ -54,7 +54,7 @@ rerun = False  # repeat the runs of a question that already have a record
 redraw = False  # do not train: make tables and figures again, from the records
 checkpoint = "none"  # the file of a trained network, for --predict
 predict = "none"  # an image or a folder of images, to be classified by that network
-note = "none"  # your name or a remark, to be stored in the record
+note = "none"  # your name or a remark, stored in the record and in its file's name
 # --- end of settings --------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # normalization: ImageNet's
@@ -351,7 +351,7 @@ def main(argv=None):
 
     argv: a list of flags; None: those of the command line, if this file is run. Returns a list of
     the records that are shown, dicts with title, seed, result, history, ... Raises utils.UserError
-    for what a user can put right, and at the end for runs that have diverged.
+    for what a user can put right, and at the end for runs that have diverged or are missing.
     """
     settings = utils.parse_settings(globals(), argv)
     return utils.run(settings, mean=MEAN, std=STD, build_model=build_model, train=train, draw=draw,

@@ -824,8 +824,8 @@ def atomic_write(path):
 
 
 # ========== runs and records ==========
-# Runs with the same identity and seed compute the same. The identity is made by make_identity. If
-# you change how, the published records no longer match; test_records.py tells you so.
+# Runs with the same identity and seed compute the same on the same device. make_identity makes the
+# identity. If you change how, published records no longer match; test_records.py tells you so.
 
 class Run:
     """One training run: what it computes, what it has measured so far, and how it is recorded."""
@@ -875,7 +875,7 @@ class Run:
             return None
 
     def show_start(self):
-        """Print what is trained, on what; for a single run also its layers."""
+        """Print what is trained, on what; without a question and for Question 1 also its layers."""
         if self.settings.question in ("none", "1"):
             # torchsummary runs random images through the model: we pass a copy, in eval mode.
             side = self.settings.image_size
@@ -981,8 +981,8 @@ def stopped_early(record):
     return has_best and epochs < record["settings"]["num_epochs"]
 
 def make_identity(settings, data, model, optimizer, scheduler, weights):
-    """All that decides what a run computes, except its seed, as plain values. What it cannot see:
-    the code of a layer or an augmentation, initial weights, and which are frozen."""
+    """What decides what a run computes, apart from its seed, as plain values. It cannot see code
+    (of layers, augmentations, the loss, the loop), initial weights, and which are frozen."""
     names = [name for name in settings.augmentation.split("+") if name != "none"]
     return canonical({
         "script": settings.script, "settings": settings.for_identity(),
@@ -1054,7 +1054,7 @@ def digest_of(identity):
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 def record_name(title, identity, settings):
-    """The name of the record, figures and checkpoints of a run."""
+    """The name of a run's record and figures; without num_epochs, of its checkpoints' folder."""
     name = f"{slug(title)}_{digest_of(identity)}_seed{settings.seed}"
     return name if settings.note == "none" else f"{name}_{slug(settings.note)[:30]}"
 
@@ -1138,7 +1138,7 @@ def load_records(folder):
 
 def belongs_to(record, folder):
     """Whether a record is of the data and of the script that a folder <data>/<script>/records is
-    named after."""
+    named after; how many training images it has is not looked at."""
     data, script = folder.parts[-3:-1]
     fingerprint = record["identity"]["data"]["fingerprint"]
     return (record["identity"]["script"] == script
@@ -1146,7 +1146,7 @@ def belongs_to(record, folder):
 
 
 # ========== comparing runs ==========
-# An experiment is all runs of one identity, which differ in their seeds only. Experiments are kept
+# An experiment is all runs of one identity: of the same settings, with other seeds. They are kept
 # as {name: records}, the one that finished last at the end.
 
 def group_experiments(records):
@@ -1248,8 +1248,8 @@ def compare_runs(experiments, script, folder):
     return [f"# {records[0]['data']}: runs of {script}.py", "", "![Runs](runs.png)", "",
             *markdown_table(rows), "", sentence, "",
             f"{caption(records)}. Accuracies are in %, mean ± standard deviation of the seeds. The "
-            "names of a run's files contain its id. `--redraw --question=all` makes a page of the "
-            "report's questions.", ""]
+            "names of a run's record and figures contain its id. With the flags of these "
+            "runs, `--redraw --question=all` makes a page of the report's questions.", ""]
 
 def print_table(rows):
     """Print rows {heading: text} in aligned columns."""
@@ -1674,7 +1674,7 @@ class Row:
 
     name: str  # unique in its question
     changes: dict  # of settings
-    report: dict = field(default_factory=dict)  # its numbers, {key of a result: number}
+    report: dict = field(default_factory=dict)  # {key of a result, or "last_epoch": its number}
 
 @dataclass
 class Question:
@@ -1683,7 +1683,7 @@ class Question:
     text: str  # a sentence
     rows: list
     columns: dict = field(default_factory=dict)  # {heading: key of a result}
-    defaults: dict = field(default_factory=dict)  # settings of all its runs, unless a flag is given
+    defaults: dict = field(default_factory=dict)  # settings, unless a flag or a row sets them
     title: str = ""  # of the table
     note: str = ""  # below the table
     figures: tuple = ()  # the names of its files, for the page
@@ -1820,7 +1820,7 @@ def list_experiments(experiments):
     return "; ".join(names[:8]) + more
 
 def missing_runs(settings, questions, results):
-    """A sentence for each question asked that lacks records: of rows, or of seeds asked for."""
+    """A sentence for each question asked that lacks records of a row, or of a seed of --seeds."""
     sentences = []
     seeds = settings.all_seeds() if "seeds" in settings.given else []
     asked = results if settings.question == "all" else [settings.question]
@@ -2156,8 +2156,9 @@ PARSERS = {  # setting: a function of a text that returns the value
 NOT_IN_IDENTITY = {
     "seed",  # runs are compared over their seeds
     "dataset", "precision", "pretrained",  # stored separately, the weights as a hash
+    # These change no result, or change it as another device does: by rounding and dropout's draws.
     "results", "device", "compile", "deterministic", "resume", "question", "seeds", "rerun",
-    "redraw", "checkpoint", "predict", "note"}  # change results by rounding errors at most
+    "redraw", "checkpoint", "predict", "note"}
 
 class Settings(argparse.Namespace):
     """The settings of a run. Four attributes are not settings: `script`, the script's name; `code`,
@@ -2326,7 +2327,7 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
     return shown
 
 def show_runs(settings, records, trained, folder, data):
-    """Compare all experiments in a folder, and draw the one that was just trained. Returns its
+    """Compare all experiments in a folder, and draw the seeds that were just trained. Returns their
     records, or all if none was trained."""
     experiments = group_experiments(records)
     lines = compare_runs(experiments, settings.script, folder)
@@ -2344,7 +2345,8 @@ def show_runs(settings, records, trained, folder, data):
     return shown
 
 def plot_experiment(records, folder, data):
-    """Draw an experiment, all seeds in the same figures. Returns lines of a page that show them."""
+    """Draw an experiment: curves and confusion of all its seeds, filters and mistakes of the first.
+    Returns lines of a page that show the figures."""
     title, name = records[0]["title"], records[0]["name"]
     if len(records) > 1:
         name = f"{slug(title)}_{records[0]['digest']}_{len(records)}_seeds"
@@ -2390,7 +2392,7 @@ def train_all(runs, train, data, dtype):
     return records, without_repeats(problems)
 
 def rank_and_processes():
-    """This process's rank and the number of processes; 0 and 1 without torchrun."""
+    """This process's rank and the number of processes, as torchrun sets them; else 0 and 1."""
     rank, processes = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if rank.isdecimal() and processes.isdecimal() and int(rank) < int(processes):
         return int(rank), int(processes)
@@ -2413,7 +2415,7 @@ def write_page(lines, folder):
     print(f"Page: {folder / 'README.md'}")
 
 def run_script(main):
-    """Call main(); after a UserError or Ctrl-C exit with one sentence."""
+    """Call main(); after a UserError, an OSError or Ctrl-C exit with one sentence."""
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):  # not in notebooks
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -2593,7 +2595,7 @@ def use_winograd(model):
             layer.__class__ = WinogradConv2d  # weights, hooks and attributes stay
 
 class WinogradConv2d(nn.Conv2d):
-    """A 3x3 convolution with padding 1 that is computed by winograd_conv2d."""
+    """A 3x3 convolution with padding 1, by winograd_conv2d unless the images are too small."""
 
     def forward(self, images):
         if images.dim() < 4 or min(images.shape[2:]) < 4:  # smaller than a tile of the output
@@ -2648,5 +2650,6 @@ def keep_freed_memory():
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
     with suppress(OSError, AttributeError):  # another system
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**30)  # blocks of up to 1 GiB come from the heap
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the heap does not shrink below 2 GiB
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # blocks of up to 32 MiB come from the heap, or,
+        mallopt(M_MMAP_THRESHOLD, 2**30)  # if this version accepts it, of up to 1 GiB
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # and stay there, until 2 GiB at its end are free
