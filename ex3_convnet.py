@@ -117,6 +117,7 @@ def checkpoint_name(settings):
 
 def train(settings, data, dtype):
     """One run: a new network, trained and tested. Returns its record. data: a utils.Data."""
+    # A Run describes the network as it is built, so before prepare_model and before any training.
     torch.manual_seed(settings.seed)
     model = build_model(settings, len(data.classes)).to(data.images.device)
     optimizer, scheduler = make_optimizer(model, settings)

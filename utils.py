@@ -895,7 +895,7 @@ class Run:
         precision."""
         self.epoch = epoch
         self.history = history
-        if self.metadata["precision"] not in precision:
+        if self.metadata["precision"] not in precision.split(" and "):
             precision += f" and {self.metadata['precision']}"
         self.metadata["precision"] = precision
         print(f"Resumed after epoch {epoch}")
@@ -938,8 +938,8 @@ class Run:
         return load_record(self.record_path)
 
     def make_result(self, stopper, latest, best, precise):
-        """The accuracies of the run, for the record: of the best epoch, if there is early stopping,
-        or of the last one; those of the last one also as "latest_..."."""
+        """The result of the run, for the record. Accuracies are of the best epoch if there is early
+        stopping, otherwise of the last epoch. Names that begin with "latest_" are of the last."""
         epoch = stopper.best_epoch if stopper else self.epoch
         result = {"epoch": epoch, "best_epoch": epoch if stopper else None,
                   "model_size": self.model_size, "latest_test_accuracy": latest["accuracy"],
@@ -1187,12 +1187,12 @@ def describe(record):
             "precision": identity.get("precision", "auto")}
 
 def layers_to_compare(record):
-    """The layers of a run's network, except batch norm and dropout, which settings tell of."""
+    """The layers of a run's network, except batch norm and dropout: settings show these."""
     return [layer for layer in record["identity"]["layers"]
             if not re.search("Norm|Dropout", layer["class"])]
 
 def other_values(description, descriptions):
-    """Words for the values of a description in which another one differs."""
+    """The values of a description that another one does not share, as ["dropout 0.3"]."""
     words = []
     for key, value in description.items():
         is_said = value is False or not is_off(value)  # but not "augmentation none"
@@ -1201,8 +1201,8 @@ def other_values(description, descriptions):
     return words
 
 def other_layer(network, networks):
-    """Words for the first layer whose class differs from that at the same position in another
-    network; an empty list if there is none."""
+    """The first layer whose class differs from that at the same position in another network, as
+    ["layers.2: GELU"]; an empty list if there is none."""
     for i, layer in enumerate(network):
         for other in networks:
             if i < len(other) and other[i]["class"] != layer["class"]:
@@ -1210,8 +1210,8 @@ def other_layer(network, networks):
     return []
 
 def first_difference(identity, others):
-    """Words for the first value of an identity in which another one differs; "" if there is none.
-    They begin with the value's place, as in "optimizer 0 momentum: 0.9"."""
+    """The first value of an identity that another one does not share, with its place, as
+    "optimizer 0 momentum: 0.9"; "" if there is none."""
     own = flat_identity(identity)
     others = [flat_identity(other) for other in others]
     for place, value in own.items():
@@ -1284,7 +1284,7 @@ def compare_last_two(experiments):
         return (f"Accuracies vary with the seed: run {MIN_SEEDS} seeds of each (--seeds="
                 f"{MIN_SEEDS}) to see whether the last two runs really differ.")
     is_real = difference.low > 0 or difference.high < 0
-    words = "a real difference" if is_real else "which could be chance"
+    words = "a real difference" if is_real else "which could be due to chance"
     return f"{last} against {before}: {difference} points of test accuracy, {words}."
 
 def flatten(lists):
@@ -1352,8 +1352,8 @@ CURVES = {  # of a history: the label and the style
     "val_accuracy_augmented": ("validation, augmented", AUGMENTED)}
 REPORT = {"color": "black", "marker": "D", "markerfacecolor": "white", "markersize": 8,
           "linestyle": "none", "zorder": 5, "label": "report"}  # the report's: hollow diamonds
-MAX_COMPARED = 6  # experiments in one figure
 COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b"]
+MAX_COMPARED = len(COLORS)  # experiments in one figure
 
 def new_figure(count, columns, width, height, **sharing):
     """A figure and the axes of this number of panels, in rows. width, height: of a panel, in
@@ -1430,8 +1430,8 @@ def drawable(text):
     return text
 
 def first_filters(model):
-    """The weights of the first convolution of colours, for a record: float16 in base64, and their
-    shape (N, 3, K, K)."""
+    """The weights of the first convolution with three input channels, for a record: float16 in
+    base64, and their shape (N, 3, K, K)."""
     layers = [layer for layer in model.modules()
               if isinstance(layer, nn.Conv2d) and layer.weight.shape[1] == 3]
     weights = np.empty((0, 3, 3, 3), np.float16)  # of a network without such a convolution
@@ -1810,7 +1810,7 @@ def choose_experiment(place, experiments, trained):
         candidates = [name for name, records in experiments.items() if len(records) == most_seeds]
     chosen = candidates[-1]  # the latest
     if len(experiments) > 1:
-        print(f"{place}: of {list_experiments(experiments)} {chosen} is shown")
+        print(f"{place}: showing {chosen}, of {list_experiments(experiments)}")
     return experiments[chosen]
 
 def list_experiments(experiments):
@@ -2137,7 +2137,7 @@ def choice(*words):
     return word
 
 def at_least(low):
-    """A parser of whole numbers from low on."""
+    """A parser of whole numbers of at least low."""
     return between(low, 10**9, whole=True)
 
 PARSERS = {  # setting: a function of a text that returns the value
@@ -2176,8 +2176,8 @@ class Settings(argparse.Namespace):
         return vars(self).get(name, default)
 
     def replace(self, **changes):
-        """A copy with some settings changed; the values may be those that a script may have. Raises
-        UserError for a wrong one."""
+        """A copy with some settings changed. Their values are checked as those in a script are.
+        Raises UserError for a wrong one."""
         for name, value in changes.items():
             if name not in self:
                 raise WrongSetting(f"there is no setting {name}")
@@ -2196,7 +2196,7 @@ class Settings(argparse.Namespace):
         return {name: getattr(self, name) for name in self.identity_names}
 
     def for_record(self):
-        """The same as JSON has them, with those that are off."""
+        """The same settings for a record, including those that are off."""
         return plain_value(self.for_identity())
 
 def text_of(value):
@@ -2261,7 +2261,7 @@ class Parser(argparse.ArgumentParser):
 def add_flag(parser, name, value, comment):
     """Add a setting with this value in the script to a parser. How it is parsed is said in PARSERS
     or, for a setting that you have added, follows from the type of the value."""
-    default = text_of(value)  # argparse parses it, too, if it is a text
+    default = text_of(value)  # argparse also parses a default that is a text
     if name in PARSERS:
         parse = PARSERS[name]
     elif value is None:
@@ -2496,7 +2496,8 @@ def build_trained_model(state, settings, build_model):
 
 def label_of(path, root, classes):
     """The index of an image's class, or -1 if no folder is named after a class. Of several folders
-    below `root` the outermost counts, as in training; if there is none, `root` itself."""
+    below `root` the outermost counts, as in training; if there is none, `root` itself. If `root` is
+    in a folder train, val or test, it is the folder of a class, and only its name counts."""
     keys = [class_key(name) for name in classes]
     names = [*path.relative_to(root).parts[:-1], root.name]
     if root.parent.name in ("train", "val", "valid", "test"):  # root is the folder of a class

@@ -208,3 +208,12 @@ def test_a_process_that_is_interrupted_and_then_killed_loses_nothing(
     monkeypatch.setattr(utils, "FOLDER", project.folder)
     ex3_convnet.main([*argv, "--resume"])
     assert outcome(project.folder) == outcome(small)
+
+@pytest.mark.parametrize(("before", "now", "both"), [
+    ("bfloat16", "bfloat16", "bfloat16"), ("bfloat16", "float16", "bfloat16 and float16"),
+    ("bfloat16 and float16", "float16", "bfloat16 and float16")])
+def test_the_precisions_of_a_resumed_run_are_named_once_each(before, now, both):
+    run = object.__new__(utils.Run)
+    run.metadata = {"precision": now}
+    run.resume(1, {}, before)
+    assert run.metadata["precision"] == both

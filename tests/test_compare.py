@@ -64,7 +64,8 @@ def test_of_two_runs_the_difference_tells_them_apart(small, capsys, first, secon
 @pytest.mark.parametrize(("before", "last", "words"), [
     ((70, 71, 72), (80, 81, 82), "a real difference"),
     ((80, 81, 82), (70, 71, 72), "a real difference"),
-    ((79, 81, 83), (80, 81, 82), "could be chance"), ((70, 71), (80, 81, 82), "3 seeds of each"),
+    ((79, 81, 83), (80, 81, 82), "could be due to chance"),
+    ((70, 71), (80, 81, 82), "3 seeds of each"),
     ((70, 71, 72), (80, 81), "3 seeds of each"), ((70,), (80,), "3 seeds of each")])
 def test_a_sentence_says_whether_the_last_two_differ(folder, no_figures, capsys, before, last,
                                                      words):

@@ -186,7 +186,7 @@ def test_of_two_networks_with_the_same_settings_one_is_shown_and_the_other_named
         classes = {layer["class"] for layer in record["identity"]["layers"]}
         assert {"GELU", "ReLU"} & classes == {shown}
     out = capsys.readouterr().out
-    chosen = re.findall(r"^Question 2a, .*: of .* (layers\.\d: \w+) is shown$", out, re.MULTILINE)
+    chosen = re.findall(r"^Question 2a, .*: showing (layers\.\d: \w+), of", out, re.MULTILINE)
     assert [name.split()[1] for name in chosen] == [shown, shown]
     line, = re.findall("^Left out: .*", out, re.MULTILINE)
     assert len(re.findall(r"layers..: [GR]ELU \(. seeds\)", line, re.IGNORECASE)) == 2
