@@ -284,15 +284,15 @@ def read_image_folder(folder, size):
                         "in train, val and test, or without a val folder two in train")
     if len(classes) < 2:
         raise UserError(f"{folder} must have two classes or more; it has: {', '.join(classes)}")
-    used = interleave(train) + interleave(val) + interleave(test)  # (path, class)
+    splits = {"train": interleave(train), "val": interleave(val), "test": interleave(test)}
+    sizes = {name: len(split) for name, split in splits.items()}
+    used = flatten(splits.values())  # (path, class)
     paths = [path for path, _ in used]
     labels = np.array([classes.index(name) for _, name in used])
     report_unused_images(folder, paths)
     images, unreadable = read_images(paths, size)
     if unreadable:
         raise UserError(f"these cannot be read as images: {'; '.join(unreadable.values())}")
-    sizes = {split: sum(map(len, found.values()))
-             for split, found in (("train", train), ("val", val), ("test", test))}
     report_repeated_images(images, sizes["train"])
     name = folder.name if is_image_folder(folder.name) else f"{folder.name} (folder)"
     return name, classes, images, labels, sizes
@@ -1163,15 +1163,16 @@ def name_experiments(records):
     others, such as "norm_flag True, dropout 0.3", "optimizer SGD" or "layers.2: GELU"."""
     descriptions = [describe(record) for record in records]
     networks = [layers_to_compare(record) for record in records]
+    identities = [flat_identity(record["identity"]) for record in records]
     short_names = []
     for description, network in zip(descriptions, networks):
         words = other_values(description, descriptions) + other_layer(network, networks)
         short_names.append(", ".join(words))
     names = []
-    for short_name, record in zip(short_names, records):
-        same = [other["identity"] for other_name, other in zip(short_names, records)
+    for short_name, identity, record in zip(short_names, identities, records):
+        same = [other for other_name, other in zip(short_names, identities)
                 if other_name == short_name]
-        words = [short_name, first_difference(record["identity"], same)]
+        words = [short_name, first_difference(identity, same)]
         names.append(", ".join(word for word in words if word) or record["title"])
     for i, record in enumerate(records):
         if names.count(names[i]) > 1:  # they differ in something else
@@ -1210,11 +1211,9 @@ def other_layer(network, networks):
     return []
 
 def first_difference(identity, others):
-    """The first value of an identity that another one does not share, with its place, as
+    """The first value of a flat identity that another one does not share, with its place, as
     "optimizer 0 momentum: 0.9"; "" if there is none."""
-    own = flat_identity(identity)
-    others = [flat_identity(other) for other in others]
-    for place, value in own.items():
+    for place, value in identity.items():
         if any(other.get(place) != value for other in others):
             return f"{place}: {value}"
     return ""
@@ -1743,17 +1742,21 @@ def plan_runs(settings, questions):
                 if name not in settings.given and getattr(settings, name) != value:
                     print(f"Question {question_id} sets {name} to {value}; --{name} changes that")
             planned += question.settings_of_rows(settings).values()
+    check_plan(planned, settings)
+    return without_repeats(run.replace(seed=seed) for run in planned
+                           for seed in settings.all_seeds())
+
+SHARED_SETTINGS = ("dataset", "num_training", "num_validation", "image_size", "precision", "device",
+                   "compile", "deterministic", "results")  # by all runs of a question
+
+def check_plan(planned, settings):
+    """Raise UserError for rows that change what all runs share, and for flags without effect."""
     for name in SHARED_SETTINGS:
         if any(getattr(run, name) != getattr(settings, name) for run in planned):
             raise WrongSetting(f"a row of a question cannot set {name}: its runs share the data")
     for name in "patience", "monitor":
         if name in settings.given and not any(run.earlystop for run in planned):
             raise WrongSetting(f"--{name} has no effect without --earlystop")
-    return without_repeats(run.replace(seed=seed) for run in planned
-                           for seed in settings.all_seeds())
-
-SHARED_SETTINGS = ("dataset", "num_training", "num_validation", "image_size", "precision", "device",
-                   "compile", "deterministic", "results")
 
 def find_results(settings, questions, records, trained):
     """The results with these settings, for the questions asked and for others with two rows or
@@ -2151,7 +2154,6 @@ PARSERS = {  # setting: a function of a text that returns the value
     "dropout": between(0, 0.99), "reg": between(0, 1e6), "learning_rate": between(1e-12, 1e6),
     "learning_rate_decay": between(1e-6, 1.0), "pretrained": weights, "dataset": any_text,
     "results": any_text, "device": any_text, "checkpoint": any_text, "predict": any_text,
-    "question": any_text,
     "note": any_note}
 NOT_IN_IDENTITY = {
     "seed",  # runs are compared over their seeds
@@ -2216,17 +2218,14 @@ def parse_settings(script, argv=None):
     top = source.split("# --- end of settings")[0]
     comments = dict(re.findall(r"^(\w+).*?(?:  # (.*))?$", top, re.MULTILINE))
     names = [name for name in comments if is_setting(name, script)]
+    parsers = {**PARSERS, "question": choice("none", *script["QUESTIONS"], "all")}
     lists = {}
     for name in names:
-        if isinstance(script[name], (list, tuple)) and name not in PARSERS:
+        if isinstance(script[name], (list, tuple)) and name not in parsers:
             lists[name] = script[name]
         else:
-            add_flag(parser, name, script[name], comments[name] or name)
+            add_flag(parser, name, script[name], comments[name] or name, parsers)
     values = vars(parser.parse_args(argv))
-    questions = ["none", *script["QUESTIONS"], "all"]
-    if values["question"] not in questions:
-        parser.error(f"argument --question: {values['question']!r} must be "
-                     f"{' or '.join(questions)}")
     setting_lines = rf"^(?:{'|'.join(names)})\b.*\n"
     code = re.sub(setting_lines, "", source, flags=re.MULTILINE)
     code += Path(__file__).read_text(encoding="utf-8")
@@ -2258,12 +2257,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise WrongSetting(f"{message} (--help lists the settings)")
 
-def add_flag(parser, name, value, comment):
-    """Add a setting with this value in the script to a parser. How it is parsed is said in PARSERS
+def add_flag(parser, name, value, comment, parsers):
+    """Add a setting with this value in the script to a parser. How it is parsed is said in parsers
     or, for a setting that you have added, follows from the type of the value."""
     default = text_of(value)  # argparse also parses a default that is a text
-    if name in PARSERS:
-        parse = PARSERS[name]
+    if name in parsers:
+        parse = parsers[name]
     elif value is None:
         parse, default = any_value, None
     elif isinstance(value, bool):
