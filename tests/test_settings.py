@@ -104,8 +104,9 @@ def test_a_value_of_another_library_is_taken_for_what_it_says(edit, text, expect
 @pytest.mark.parametrize("text", ["# norm_flag = True", "Norm_flag = True", "norm_flag: bool"])
 def test_a_setting_that_is_missing_is_named(edit, folder, few, text):
     script = edit("norm_flag", text)
-    with pytest.raises(utils.UserError, match="there is no setting norm_flag at the top of ex3_"):
+    with pytest.raises(utils.UserError, match="there is no setting norm_flag at the top"):
         script.main(TINY)
+    assert not hasattr(utils.parse_settings(vars(script), []), "norm_flag")
 
 @pytest.mark.parametrize("name", ["help", "code", "replace", "get"])
 def test_a_name_that_no_setting_can_have_is_one_sentence(edit, name):

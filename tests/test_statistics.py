@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -119,11 +119,13 @@ def test_best_and_last_epoch_of_the_same_networks(latest, word):
     claim = Claim("1", "", "a", key="latest_test_accuracy", other_key="test_accuracy", below=0.1)
     assert getattr(utils.judge(claim, found), "outcome", None) == word
 
-def test_a_run_of_a_claim_is_that_of_its_own_question_or_else_of_another():
+def test_the_rows_of_a_claim_are_those_of_its_question_and_rivals_of_theirs():
     claim = claim_on_test("a", "b", above=0)
     good, poor = (results(x=accuracies)["1"]["x"] for accuracies in ((80, 81, 82), (70, 71, 72)))
-    for found in {"0": {"a": poor}, "1": {"a": good}, "2": {"b": poor}}, {
+    found = {"0": {"a": poor, "b": good}, "1": {"a": good, "b": poor}, "2": {"b": good}}
+    assert utils.judge(claim, found).outcome == "holds"
+    elsewhere = replace(claim, rivals_question="2")
+    assert utils.judge(elsewhere, found).outcome == "undecided"
+    for found in {}, {"1": {}}, {"1": {"a": good}}, {"1": {"a": good, "b": []}}, {
             "1": {"b": poor}, "2": {"a": good}}:
-        assert utils.judge(claim, found).outcome == "holds"
-    for found in {}, {"1": {}}, {"1": {"a": good}}, {"1": {"a": good, "b": []}}:
         assert utils.judge(claim, found) is None
