@@ -158,7 +158,7 @@ def train(settings, data, dtype):
     if stopper:
         model.load_state_dict(stopper.best_weights)
         best = utils.test(model, data, dtype)
-    precise = utils.precise_bn_accuracies(model, model, data, dtype)
+    precise = utils.precise_bn_accuracies(model, utils.batch_norm_layers(model), data, dtype)
     return run.finish(checkpoint, latest, best, precise)
 
 
@@ -248,7 +248,7 @@ SUMMARY = {  # lines of summary.png: the question and the row that have the resu
 def other_rows(name, question):
     """The other rows of a question, except those without batch norm."""
     return [row.name for row in QUESTIONS[question].rows
-            if row.name != name and row.changes.get("norm_flag", True)]
+            if row.name != name and "norm_flag" not in row.changes]
 
 CLAIMS = [  # the report's own conclusions first
     Claim("2a", "Batch norm is better", "with batch norm", ["without batch norm"], above=0,
@@ -349,8 +349,9 @@ def plot_augmented_images(data, path, count=10):
     for i, name in enumerate(names):
         row = axes[i * len(images):(i + 1) * len(images)]
         augment = utils.make_augment(name, generator)
-        changed, label = images, "original"
-        if augment:
+        if augment is None:
+            changed, label = images, "original"
+        else:
             changed = augment(images).clamp(0, 1)
             words = []
             for technique in augment.techniques:

@@ -80,10 +80,9 @@ class VGG(nn.Module):
                                   nn.Linear(HIDDEN, num_classes))
         self.fixed = not fine_tune and frozen_norm == "eval"
 
-    @property
-    def trained_part(self):
-        """The part whose batch norm layers run in train mode while training."""
-        return self.head if self.fixed else self
+    def trained_norms(self):
+        """The batch norm layers that run in train mode while training."""
+        return utils.batch_norm_layers(self.head if self.fixed else self)
 
     def train(self, mode=True):
         super().train(mode)
@@ -271,7 +270,7 @@ def train(settings, data, dtype):
     if stopper:
         model.load_state_dict(stopper.best_weights)
         best = utils.test(net, data, dtype)
-    precise = utils.precise_bn_accuracies(net, model.trained_part, data, dtype)
+    precise = utils.precise_bn_accuracies(net, model.trained_norms(), data, dtype)
     return run.finish(checkpoint, latest, best, precise)
 
 

@@ -160,14 +160,14 @@ def load_data(settings, mean, std, device):
     name, classes, images, labels, sizes = read_data(settings)
     labels = labels.astype(np.int64)  # int32 in older NumPy on Windows
     fingerprint = fingerprint_of(name, classes, images, labels)
-    num_not_test = sizes["train"] + sizes["val"]
+    num_trainval = sizes["train"] + sizes["val"]
     num_val, num_train = settings.num_validation, settings.num_training
     if num_val == 0:
         num_val = sizes["val"]
     if num_train == 0:
-        num_train = num_not_test - num_val
-    if num_train < 1 or num_train + num_val > num_not_test:
-        raise WrongSetting(f"{name} has {num_not_test} images for training and validation: choose "
+        num_train = num_trainval - num_val
+    if num_train < 1 or num_train + num_val > num_trainval:
+        raise WrongSetting(f"{name} has {num_trainval} images for training and validation: choose "
                            "a smaller --num_training or --num_validation")
     images = torch.tensor(images).permute(0, 3, 1, 2)
     if images.shape[-1] != settings.image_size:  # on the CPU: it takes much memory
@@ -177,8 +177,8 @@ def load_data(settings, mean, std, device):
         name=name, classes=classes, labels=torch.tensor(labels, device=device),
         images=images.to(device).contiguous(memory_format=torch.channels_last),
         mean=per_channel(mean, device), std=per_channel(std, device), fingerprint=fingerprint,
-        train=index[:num_train], val=index[num_not_test - num_val:num_not_test],
-        test=index[num_not_test:])
+        train=index[:num_train], val=index[num_trainval - num_val:num_trainval],
+        test=index[num_trainval:])
 
 def fingerprint_of(name, classes, images, labels):
     """A hash of every pixel and label of a data set, 16 hex digits."""
@@ -273,6 +273,23 @@ def read_image_folder(folder, size):
     """Read the images in train/<class>/, test/<class>/ and val/<class>/ (or valid/) of a folder;
     without val/ every tenth training image of a class is used instead. Returns what read_data does.
     Raises UserError."""
+    splits = find_splits(folder)
+    classes = check_classes(folder, splits)
+    train, val, test = (interleave(splits[split]) for split in ("train", "val", "test"))
+    used = train + val + test  # (path, class)
+    paths = [path for path, _ in used]
+    labels = np.array([classes.index(name) for _, name in used])
+    report_unused_images(folder, paths)
+    images, unreadable = read_images(paths, size)
+    if unreadable:
+        raise UserError(f"these cannot be read as images: {'; '.join(unreadable.values())}")
+    report_repeated_images(images, len(train))
+    name = folder.name if is_image_folder(folder.name) else f"{folder.name} (folder)"
+    sizes = {"train": len(train), "val": len(val), "test": len(test)}
+    return name, classes, images, labels, sizes
+
+def find_splits(folder):
+    """The images of a folder, {split: {class: paths}}. Raises UserError."""
     train = find_classes(folder / "train")
     test = find_classes(folder / "test", train)
     if (folder / "val").is_dir():
@@ -281,26 +298,20 @@ def read_image_folder(folder, size):
         val = find_classes(folder / "valid", train)
     else:
         train, val = split_off_validation(train)
-    classes = sorted({*train, *val, *test})
+    return {"train": train, "val": val, "test": test}
+
+def check_classes(folder, splits):
+    """The names of all classes. Raises UserError if a split lacks images of one of them, or if
+    there are fewer than two."""
+    classes = sorted({name for split in splits.values() for name in split})
     incomplete = [name for name in classes
-                  if not (train.get(name) and val.get(name) and test.get(name))]
+                  if not all(split.get(name) for split in splits.values())]
     if incomplete:
         raise UserError(f"{folder} lacks images of {', '.join(incomplete)}: each class needs some "
                         "in train, val and test, or without a val folder two in train")
     if len(classes) < 2:
         raise UserError(f"{folder} must have two classes or more; it has: {', '.join(classes)}")
-    splits = {"train": interleave(train), "val": interleave(val), "test": interleave(test)}
-    sizes = {name: len(split) for name, split in splits.items()}
-    used = splits["train"] + splits["val"] + splits["test"]  # (path, class); see read_data
-    paths = [path for path, _ in used]
-    labels = np.array([classes.index(name) for _, name in used])
-    report_unused_images(folder, paths)
-    images, unreadable = read_images(paths, size)
-    if unreadable:
-        raise UserError(f"these cannot be read as images: {'; '.join(unreadable.values())}")
-    report_repeated_images(images, sizes["train"])
-    name = folder.name if is_image_folder(folder.name) else f"{folder.name} (folder)"
-    return name, classes, images, labels, sizes
+    return classes
 
 def split_off_validation(train):
     """Split {class: paths} in two: images for training and, of each class, every tenth image for
@@ -415,29 +426,35 @@ def make_synthetic(num_train=5000, num_test=1000, size=32):
     """Draw the synthetic data set: ten bright shapes of random colour, position, size and rotation
     on dark backgrounds. Returns what read_data does.
 
-    It is the same on every machine, as RandomState's numbers never change. Do not reorder the
-    draws: that would change the data. A square turned by 30 degrees is a diamond turned by -15, and
-    a cross is nearly a plus: no network can tell all of them apart.
+    It is the same on every machine, as RandomState's numbers never change. A square turned by 30
+    degrees is a diamond turned by -15, and a cross is nearly a plus: no network can tell all of
+    them apart.
     """
     random = np.random.RandomState(0)
     markers = [MarkerStyle(marker) for marker in SHAPES.values()]
     outlines = [marker.get_path().transformed(marker.get_transform()) for marker in markers]
-    points = np.stack(np.meshgrid(np.arange(size) + 0.5, size - 0.5 - np.arange(size)), -1)
     labels = random.permutation(np.arange(num_train + num_test) % len(SHAPES))
     images = np.empty((len(labels), size, size, 3), np.uint8)
     for i, label in enumerate(labels):
-        scale = random.uniform(12, 20)
-        angle = random.uniform(-30, 30)
-        x, y = size / 2 + random.uniform(-4.5, 4.5, 2)
-        bright = random.uniform(0.5, 1, 3)
-        dark = random.uniform(0, 0.3, 3)
-        transform = Affine2D().scale(scale).rotate_deg(angle).translate(x, y)
-        inside = outlines[label].contains_points(points.reshape(-1, 2), transform)
-        image = np.where(inside.reshape(size, size, 1), bright, dark)
-        image += 0.08 * random.standard_normal(image.shape)
-        images[i] = (image.clip(0, 1) * 255).round()
+        images[i] = draw_shape(random, outlines[label], size)
     sizes = {"train": num_train - num_train // 10, "val": num_train // 10, "test": num_test}
     return "synthetic", list(SHAPES), images, labels, sizes
+
+def draw_shape(random, outline, size):
+    """An image of a shape, uint8 (size, size, 3). In another order the random numbers would make
+    other data."""
+    scale = random.uniform(12, 20)
+    angle = random.uniform(-30, 30)
+    centre = size / 2 + random.uniform(-4.5, 4.5, 2)
+    bright = random.uniform(0.5, 1, 3)
+    dark = random.uniform(0, 0.3, 3)
+    noise = 0.08 * random.standard_normal((size, size, 3))
+    x, y = np.meshgrid(np.arange(size) + 0.5, size - 0.5 - np.arange(size))  # y points upwards
+    pixels = np.column_stack([x.ravel(), y.ravel()])
+    transform = Affine2D().scale(scale).rotate_deg(angle).translate(*centre)
+    inside = outline.contains_points(pixels, transform).reshape(size, size, 1)
+    image = np.where(inside, bright, dark) + noise
+    return (image.clip(0, 1) * 255).round()
 
 
 # ========== augmentation ==========
@@ -676,19 +693,17 @@ def worst_mistakes(correct, predicted, probabilities, count=8):
     return [[i, predicted[i].item(), probabilities[i].item()] for i in mistakes[:count]]
 
 @torch.no_grad()
-def precise_bn_accuracies(model, part, data, dtype):
+def precise_bn_accuracies(model, layers, data, dtype):
     """Validation and test accuracy (0..1) with precise BN, as a dict for the record; empty without
-    batch norm. This changes the model: in the part that was trained it replaces the running
-    statistics of batch norm with their means over plain training images, without dropout.
+    batch norm. layers: the batch norm layers that were trained. This changes them: it replaces
+    their running statistics with means over plain training images, without dropout.
 
     Moving averages lag behind the weights: Wu and Johnson, arXiv 2105.07576. Dropout shifts the
     variance that they see: Hendrycks and Gimpel, arXiv 1607.02488, and Li et al., arXiv 1801.05134.
     """
-    layers = [layer for layer in part.modules()
-              if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     if not layers:
         return {}
-    model.eval()  # only the layers below are switched back to train mode
+    model.eval()  # all layers but these
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the mean of all batches, each of which counts the same
@@ -701,6 +716,11 @@ def precise_bn_accuracies(model, part, data, dtype):
     _, val_accuracy = evaluate(model, data.batches(data.val), dtype)
     _, test_accuracy = evaluate(model, data.batches(data.test), dtype)
     return {"val_accuracy_recalibrated": val_accuracy, "test_accuracy_recalibrated": test_accuracy}
+
+def batch_norm_layers(model):
+    """The batch norm layers of a network, a list."""
+    return [layer for layer in model.modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
 
 # ========== early stopping and checkpoints ==========
@@ -1149,23 +1169,26 @@ def load_records(folder):
         else:
             print(f"{path} is left out: it was written by {record['identity']['script']}.py for "
                   f"{record['data']}, or for another folder of this name", file=sys.stderr)
-    records = {}
-    for record in sorted(found, key=lambda record: record["finished"], reverse=True):
+    return sorted(latest_records(found), key=lambda record: record["name"])
+
+def latest_records(records):
+    """Of each identity and seed the latest record. Prints which ones are left out."""
+    latest = {}
+    for record in sorted(records, key=lambda record: record["finished"], reverse=True):
         key = record["digest"], record["seed"]
-        if key in records:
-            print(f"{record['name']}.json is left out: {records[key]['name']}.json is a later run "
+        if key in latest:
+            print(f"{record['name']}.json is left out: {latest[key]['name']}.json is a later run "
                   "with the same settings and seed", file=sys.stderr)
         else:
-            records[key] = record
-    return sorted(records.values(), key=lambda record: record["name"])
+            latest[key] = record
+    return list(latest.values())
 
 def belongs_to(record, folder):
     """Whether a record is of the data and of the script that a folder <data>/<script>/records is
     named after; how many training images it has is not looked at."""
-    data, script = folder.parts[-3:-1]
-    fingerprint = record["identity"]["data"]["fingerprint"]
-    return (record["identity"]["script"] == script
-            and data.startswith(data_slug(record["data"], fingerprint)))
+    script, data = folder.parent.name, folder.parent.parent.name
+    slug_of_data = data_slug(record["data"], record["identity"]["data"]["fingerprint"])
+    return record["identity"]["script"] == script and data.startswith(slug_of_data)
 
 
 # ========== comparing runs ==========
@@ -1502,23 +1525,30 @@ def plot_classes(records, path, title, data=None):
     mistakes = records[0]["mistakes"] if data else []
     confusion = np.sum([record["confusion"] for record in records], axis=0)
     confusion = 100 * confusion / confusion.sum(1, keepdims=True).clip(1)
-    figure = plt.figure(figsize=(12 if mistakes else 7.5, 7))
-    grid = figure.add_gridspec(4, 4 if mistakes else 2)
-    draw_confusion(figure.add_subplot(grid[:, :2]), confusion, classes)
-    for i, (position, predicted, probability) in enumerate(mistakes):
-        index = data.test[position]
-        ax = figure.add_subplot(grid[i // 2, 2 + i % 2])
-        ax.imshow(data.images[index].permute(1, 2, 0).cpu().numpy())
-        ax.set_title(f"{classes[data.labels[index]]}, taken for\n{classes[predicted]} with "
-                     f"{probability:.1%}", fontsize=9)
-        ax.axis("off")
     title += ": test images, % of each class"
     if mistakes:
+        figure = plt.figure(figsize=(12, 7))
+        grid = figure.add_gridspec(4, 4)
+        draw_confusion(figure.add_subplot(grid[:, :2]), confusion, classes)
+        axes = [figure.add_subplot(grid[i // 2, 2 + i % 2]) for i in range(len(mistakes))]
+        draw_mistakes(axes, mistakes, data, classes)
         title += f"; right: most confident mistakes of seed {records[0]['seed']}"
+    else:
+        figure = plt.figure(figsize=(7.5, 7))
+        draw_confusion(figure.add_subplot(), confusion, classes)
     save_figure(figure, title, path, records)
     codes = [f"{code} is {name}" for code, name in zip(classes, names) if code != name]
     if codes:
         print(f"In the figure, {', '.join(codes)}")
+
+def draw_mistakes(axes, mistakes, data, classes):
+    """Draw test images with what a network took them for; mistakes: see worst_mistakes."""
+    for ax, (position, predicted, probability) in zip(axes, mistakes):
+        index = data.test[position]
+        ax.imshow(data.images[index].permute(1, 2, 0).cpu().numpy())
+        ax.set_title(f"{classes[data.labels[index]]}, taken for\n{classes[predicted]} with "
+                     f"{probability:.1%}", fontsize=9)
+        ax.axis("off")
 
 def draw_confusion(ax, confusion, classes):
     """Draw a confusion matrix (%), with its numbers unless there are too many to read."""
@@ -2267,8 +2297,7 @@ def parse_settings(script, argv=None):
     parser = Parser(prog=path.name, usage="%(prog)s [--flag=value ...]",
                     description=script["__doc__"], allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    top = source.split("# --- end of settings")[0]
-    comments = dict(re.findall(r"^(\w+).*?(?:  # (.*))?$", top, re.MULTILINE))
+    comments = find_comments(source)
     names = [name for name in comments if is_setting(name, script)]
     parsers = {**PARSERS, "question": choice("none", *script["QUESTIONS"], "all")}
     lists = {}
@@ -2278,13 +2307,25 @@ def parse_settings(script, argv=None):
         else:
             add_flag(parser, name, script[name], comments[name] or name, parsers)
     values = vars(parser.parse_args(argv))
-    setting_lines = rf"^(?:{'|'.join(names)})\b.*\n"
-    code = re.sub(setting_lines, "", source, flags=re.MULTILINE)
-    code += Path(__file__).read_text(encoding="utf-8")
-    return Settings(**values, **lists, script=path.stem,
-                    code=hashlib.sha256(code.encode()).hexdigest()[:8],
+    return Settings(**values, **lists, script=path.stem, code=hash_of_code(source, names),
                     given={flag[2:].partition("=")[0] for flag in argv if flag.startswith("--")},
                     identity_names=sorted({*names} - NOT_IN_IDENTITY))
+
+def find_comments(source):
+    """The names that begin a line above "# --- end of settings" in a script, each with the comment
+    at the end of its line (after two spaces) or "", as a dict."""
+    comments = {}
+    for line in source.split("# --- end of settings")[0].splitlines():
+        name = re.match(r"\w*", line)[0]
+        if name:
+            comments[name] = line.partition("  # ")[2]
+    return comments
+
+def hash_of_code(source, names):
+    """Eight hex digits for the code of a script and of this file, without the lines of settings."""
+    lines = [line for line in source.splitlines() if re.match(r"\w*", line)[0] not in names]
+    lines.append(Path(__file__).read_text(encoding="utf-8"))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
 
 def is_setting(name, script):
     """Whether a word that begins a line of a script is the name of a setting. Raises UserError for
@@ -2514,9 +2555,10 @@ def predict(settings, build_model, device):
     if paths:
         mean, std = identity["normalization"]
         labels = [label_of(path, root, classes) for path in paths]
-        data = Data(root.name, classes, torch.tensor(images, device=device).permute(0, 3, 1, 2),
-                    torch.tensor(labels, device=device), per_channel(mean, device),
-                    per_channel(std, device), test=torch.arange(len(paths), device=device))
+        data = Data(name=root.name, classes=classes,
+                    images=torch.tensor(images, device=device).permute(0, 3, 1, 2),
+                    labels=torch.tensor(labels, device=device), mean=per_channel(mean, device),
+                    std=per_channel(std, device), test=torch.arange(len(paths), device=device))
         precision = settings.precision
         if precision == "auto":
             precision = identity.get("precision", "auto")
@@ -2524,7 +2566,7 @@ def predict(settings, build_model, device):
         prepare_model(model.to(device), settings, dtype)
         logits, labels = predict_logits(model, data.batches(data.test), dtype)
         show_predictions(paths, root, classes, logits.cpu(), labels.cpu())
-    if unreadable:
+    if unreadable:  # a good image is classified all the same
         raise UserError(f"these cannot be read as images: {'; '.join(unreadable.values())}")
 
 def find_images_to_predict(root):

@@ -164,8 +164,10 @@ def test_precise_bn_takes_the_mean_statistics_of_plain_batches_with_dropout_off(
                           nn.Linear(48, 10))
     model(data.batch(data.test)[0])  # moves the averages
     weights = comparable(dict(model.named_parameters()))
-    assert utils.precise_bn_accuracies(model, model[-1], data, FLOAT32) == {}
-    assert utils.precise_bn_accuracies(model, model, data, FLOAT32) == {
+    assert utils.precise_bn_accuracies(model, [], data, FLOAT32) == {}
+    layers = utils.batch_norm_layers(model)
+    assert layers == [model[2], model[3]]
+    assert utils.precise_bn_accuracies(model, layers, data, FLOAT32) == {
         "val_accuracy_recalibrated": plain_evaluate(model, data, data.val)[1],
         "test_accuracy_recalibrated": plain_evaluate(model, data, data.test)[1]}
     assert comparable(dict(model.named_parameters())) == weights
@@ -195,7 +197,8 @@ def test_precise_bn_is_that_of_the_layers_that_train_and_is_told(
     model = script.build_model(settings, 10)
     best, _ = checkpoints_in(small).values()
     model.load_state_dict(best["model"])
-    expected = utils.precise_bn_accuracies(model, model.get_submodule(trained), data, FLOAT32)
+    layers = utils.batch_norm_layers(model.get_submodule(trained))
+    expected = utils.precise_bn_accuracies(model, layers, data, FLOAT32)
     found = {name: value for name, value in record["result"].items() if "recalibrated" in name}
     assert found == expected
     told = re.search(r"ith precise BN: validation (\S+)%, test (\S+)%", capsys.readouterr().out)
