@@ -14,7 +14,7 @@ from torch import nn
 import utils
 from utils import Claim, Question, Row
 
-# Each setting is also a flag of the command line; code reads it as settings.num_epochs, ...
+# Each setting is also a flag of the command line. In the code it is settings.num_epochs, ...
 # --- experiment -------------------------------------------------------------------------------
 norm_flag = False  # batch normalization after each convolution (Question 2a)
 earlystop = False  # stop when validation stops improving; keep the best model (2b)
@@ -37,7 +37,7 @@ seed = 0  # seeds everything random: initial weights, order, augmentation, dropo
 # --- where and how to run ---------------------------------------------------------------------
 dataset = "cifar10"  # cifar10, synthetic, or a folder: of CIFAR-10, or with train/<class>/, test/
 results = "figures"  # the folder of records, tables and figures
-device = "auto"  # cpu, cuda or auto: CUDA if there is a GPU for it
+device = "auto"  # cpu, cuda, or auto: a GPU if one is available
 precision = "auto"  # float32, bfloat16 or float16; auto: the fastest one here
 compile = False  # torch.compile: 10 s to a minute more to start; measure whether it pays
 deterministic = False  # the same numbers every time on CUDA, too, as on a CPU, but slower
@@ -117,7 +117,7 @@ def checkpoint_name(settings):
 
 def train(settings, data, dtype):
     """One run: a new network, trained and tested. Returns its record. data: a utils.Data."""
-    # The Run describes the network as it was built, so it is made before anything changes that.
+    # The Run describes the network as it was built: prepare_model and training change it.
     torch.manual_seed(settings.seed)
     model = build_model(settings, len(data.classes)).to(data.images.device)
     optimizer, scheduler = make_optimizer(model, settings)
@@ -142,7 +142,7 @@ def train(settings, data, dtype):
         val_loss, val_accuracy = utils.evaluate(model, data.batches(data.val), dtype)
         numbers = {"train_loss": train_loss, "train_accuracy": train_accuracy,
                    "val_loss": val_loss, "val_accuracy": val_accuracy}
-        if augment:  # also on augmented images, as the report probably measured it
+        if augment:  # validate on augmented images, too, as the report probably did
             augment = utils.make_augment(settings.augmentation, val_generator)
             batches = data.batches(data.val, augment=augment)
             _, numbers["val_accuracy_augmented"] = utils.evaluate(model, batches, dtype)
@@ -248,7 +248,7 @@ SUMMARY = {  # lines of summary.png: the question and the row that have the resu
 def other_rows(name, question):
     """The other rows of a question, except those without batch norm."""
     return [row.name for row in QUESTIONS[question].rows
-            if row.name != name and "norm_flag" not in row.changes]
+            if row.name != name and row.changes.get("norm_flag") is not False]
 
 CLAIMS = [  # the report's own conclusions first
     Claim("2a", "Batch norm is better", "with batch norm", ["without batch norm"], above=0,
@@ -430,7 +430,7 @@ def main(argv=None):
 
     argv: a list of flags; None: those of the command line, if this file is run. Returns a list of
     the records that are shown, dicts with title, seed, result, history, ... Raises utils.UserError
-    for what a user can put right, and at the end for runs that have diverged or are missing.
+    for what the user can fix, and at the end for runs that have diverged or are missing.
     """
     settings = utils.parse_settings(globals(), argv)
     return utils.run(settings, mean=MEAN, std=STD, build_model=build_model, train=train, draw=draw,

@@ -19,7 +19,7 @@ from torchvision.models import VGG11_BN_Weights, vgg11_bn
 import utils
 from utils import Claim, Question, Row
 
-# Each setting is also a flag of the command line; code reads it as settings.num_epochs, ...
+# Each setting is also a flag of the command line. In the code it is settings.num_epochs, ...
 # --- experiment -------------------------------------------------------------------------------
 pretrained = "imagenet"  # imagenet, none (from scratch, 4b), or the path of weights: see README
 fine_tune = True  # train the pretrained part, too; False: only the new layers (4a)
@@ -43,7 +43,7 @@ seed = 0  # seeds everything random: initial weights, order, augmentation
 # --- where and how to run ---------------------------------------------------------------------
 dataset = "cifar10"  # cifar10, synthetic, or a folder: of CIFAR-10, or with train/<class>/, test/
 results = "figures"  # the folder of records, tables and figures
-device = "auto"  # cpu, cuda or auto: CUDA if there is a GPU for it
+device = "auto"  # cpu, cuda, or auto: a GPU if one is available
 precision = "auto"  # float32, bfloat16 or float16; auto: the fastest one here
 compile = False  # torch.compile: 10 s to a minute more to start; measure whether it pays
 deterministic = False  # the same numbers every time on CUDA, too, as on a CPU, but slower
@@ -58,7 +58,7 @@ note = "none"  # your name or a remark, stored in the record and in its file's n
 # --- end of settings --------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # normalization: ImageNet's
-IMAGENET_HASH = "6002323d"  # of torchvision's file of weights, in whose name it stands
+IMAGENET_HASH = "6002323d"  # of torchvision's file of weights, and part of its name
 HIDDEN = 256
 
 
@@ -151,7 +151,7 @@ def download_weights(weights):
     socket.setdefaulttimeout(15)  # seconds without data after which the download fails
     try:
         return weights.get_state_dict(check_hash=True, weights_only=True)
-    except Exception as error:  # urllib, http.client, zipfile and torch have their own
+    except Exception as error:  # urllib, http.client, zipfile and torch raise their own
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         raise utils.UserError(
             f"the ImageNet weights cannot be downloaded ({error}): put an undamaged {path.name} "
@@ -255,7 +255,7 @@ def train(settings, data, dtype):
         val_loss, val_accuracy = utils.evaluate(net, data.batches(data.val), dtype)
         numbers = {"train_loss": train_loss, "train_accuracy": train_accuracy,
                    "val_loss": val_loss, "val_accuracy": val_accuracy}
-        if augment:  # also on augmented images, as the report probably measured it
+        if augment:  # validate on augmented images, too, as the report probably did
             augment = utils.make_augment(settings.augmentation, val_generator)
             batches = data.batches(data.val, augment=augment)
             _, numbers["val_accuracy_augmented"] = utils.evaluate(net, batches, dtype)
@@ -354,7 +354,7 @@ def main(argv=None):
 
     argv: a list of flags; None: those of the command line, if this file is run. Returns a list of
     the records that are shown, dicts with title, seed, result, history, ... Raises utils.UserError
-    for what a user can put right, and at the end for runs that have diverged or are missing.
+    for what the user can fix, and at the end for runs that have diverged or are missing.
     """
     settings = utils.parse_settings(globals(), argv)
     return utils.run(settings, mean=MEAN, std=STD, build_model=build_model, train=train, draw=draw,

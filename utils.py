@@ -5,8 +5,8 @@ the report's questions and conclusions, settings, running a script, prediction, 
 Some words have a fixed meaning here:
 
 - A run is one training. It leaves a record, which is a JSON file.
-- The identity of a run is everything, apart from the seed, that determines its numbers. A digest of
-  it is part of the names of the run's files.
+- The identity of a run is everything, apart from the seed, that determines its numbers. A digest (a
+  hash) of it is part of the names of the run's files.
 - An experiment is all runs with the same identity.
 - A question of the report has rows, each of which is an experiment. A claim compares rows.
 """
@@ -38,7 +38,7 @@ from functools import partial
 from pathlib import Path
 
 # A process that a notebook has started inherits the notebook's backend for figures, which may not
-# be installed here. Without it matplotlib finds its own; this must precede pyplot's import.
+# be installed here. If we unset it before pyplot is imported, matplotlib chooses a backend itself.
 if "inline" in os.environ.get("MPLBACKEND", "") and "ipykernel" not in sys.modules:
     del os.environ["MPLBACKEND"]
 
@@ -72,7 +72,7 @@ class WrongSetting(UserError):
     exit_code = 2
 
 class MissingSetting(WrongSetting, AttributeError):
-    """A setting that a script does not have. As an AttributeError it is known to hasattr()."""
+    """A setting that a script does not have; also an AttributeError, so that hasattr() works."""
 
 def plural(count, noun):
     """A number with its noun: 1 seed, 3 seeds."""
@@ -89,7 +89,7 @@ class Data:
     classes: list  # their names
     images: torch.Tensor  # uint8 (N, 3, S, S)
     labels: torch.Tensor  # int64 (N,)
-    mean: torch.Tensor  # float32 (1, 3, 1, 1): normalization, with std
+    mean: torch.Tensor  # float32 (1, 3, 1, 1), to normalize the images; so is std
     std: torch.Tensor
     fingerprint: str = ""  # a hash of every pixel and label
     train: torch.Tensor | None = None  # int64, the indices of the training images
@@ -170,7 +170,7 @@ def load_data(settings, mean, std, device):
         raise WrongSetting(f"{name} has {num_trainval} images for training and validation: choose "
                            "a smaller --num_training or --num_validation")
     images = torch.tensor(images).permute(0, 3, 1, 2)
-    if images.shape[-1] != settings.image_size:  # on the CPU: it takes much memory
+    if images.shape[-1] != settings.image_size:  # on the CPU, to save memory on the GPU
         images = resize(images, [settings.image_size, settings.image_size], antialias=True)
     index = torch.arange(len(images), device=device)
     return Data(
@@ -184,7 +184,7 @@ def fingerprint_of(name, classes, images, labels):
     """A hash of every pixel and label of a data set, 16 hex digits."""
     digest = hashlib.sha256(images.tobytes())
     digest.update(labels.tobytes())
-    if is_image_folder(name):  # only there can classes be renamed
+    if is_image_folder(name):  # the classes of the others never change
         digest.update(repr(classes).encode())
     return digest.hexdigest()[:16]
 
@@ -284,7 +284,9 @@ def read_image_folder(folder, size):
     if unreadable:
         raise UserError(f"these cannot be read as images: {'; '.join(unreadable.values())}")
     report_repeated_images(images, len(train))
-    name = folder.name if is_image_folder(folder.name) else f"{folder.name} (folder)"
+    name = folder.name
+    if name in DATA_NAMES.values():
+        name += " (folder)"
     sizes = {"train": len(train), "val": len(val), "test": len(test)}
     return name, classes, images, labels, sizes
 
@@ -383,8 +385,8 @@ def report_unused_images(folder, used):
               f"{more}")
 
 def interleave(classes):
-    """All (path, class) of {class: paths}, each class spread evenly over the whole. So the first
-    images, which --num_training takes, have a share of each class."""
+    """All (path, class) of {class: paths}, each class spread evenly over the whole, so that the
+    first images, which --num_training takes, are of all classes."""
     placed = []
     for name, paths in classes.items():
         for i, path in enumerate(paths):
@@ -441,8 +443,8 @@ def make_synthetic(num_train=5000, num_test=1000, size=32):
     return "synthetic", list(SHAPES), images, labels, sizes
 
 def draw_shape(random, outline, size):
-    """An image of a shape, uint8 (size, size, 3). In another order the random numbers would make
-    other data."""
+    """An image of a shape, uint8 (size, size, 3). Do not reorder the random numbers: the data would
+    change."""
     scale = random.uniform(12, 20)
     angle = random.uniform(-30, 30)
     centre = size / 2 + random.uniform(-4.5, 4.5, 2)
@@ -454,7 +456,7 @@ def draw_shape(random, outline, size):
     transform = Affine2D().scale(scale).rotate_deg(angle).translate(*centre)
     inside = outline.contains_points(pixels, transform).reshape(size, size, 1)
     image = np.where(inside, bright, dark) + noise
-    return (image.clip(0, 1) * 255).round()
+    return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 # ========== augmentation ==========
@@ -618,7 +620,7 @@ def seed_epoch(seed, epoch):
     return order_generator, augment_generator, val_generator
 
 def epoch_seed(seed, epoch, purpose):
-    """A seed that differs for each seed of a run, epoch and purpose."""
+    """A seed for each combination of a run's seed, an epoch and a purpose."""
     return int(np.random.SeedSequence((seed, epoch, purpose)).generate_state(1)[0])
 
 def train_one_epoch(model, batches, optimizer, scaler, dtype):
@@ -698,12 +700,12 @@ def precise_bn_accuracies(model, layers, data, dtype):
     batch norm. layers: the batch norm layers that were trained. This changes them: it replaces
     their running statistics with means over plain training images, without dropout.
 
-    Moving averages lag behind the weights: Wu and Johnson, arXiv 2105.07576. Dropout shifts the
-    variance that they see: Hendrycks and Gimpel, arXiv 1607.02488, and Li et al., arXiv 1801.05134.
+    Moving averages lag behind the weights (Wu and Johnson, arXiv 2105.07576). Dropout shifts the
+    variance that they see (Hendrycks and Gimpel, arXiv 1607.02488; Li et al., arXiv 1801.05134).
     """
     if not layers:
         return {}
-    model.eval()  # all layers but these
+    model.eval()  # without dropout; only these layers go back to train mode
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the mean of all batches, each of which counts the same
@@ -782,8 +784,8 @@ class Checkpoint:
         self.saved_at = time.perf_counter()
 
     def save(self):
-        """Write both files. The latest contains the best weights, too, in its "stopper": if the
-        process is killed between the two files, nothing is lost."""
+        """Write both files. The latest also contains the best weights, in its "stopper", so that
+        nothing is lost if the process is killed between the two files."""
         common = {**self.run.metadata, "history": self.run.history}
         states = {name: part.state_dict() for name, part in self.parts.items()}
         with atomic_write(self.latest) as temporary:
@@ -823,8 +825,8 @@ class Checkpoint:
         return state["epoch"]
 
     def keep_earlier(self):
-        """Rename the checkpoint of an earlier run, which this run would overwrite, unless the one
-        renamed before has more epochs."""
+        """Rename the checkpoint of an earlier run, so that this run does not overwrite it. If there
+        is a renamed one with more epochs already, that one is kept instead."""
         kept = self.latest.with_suffix(".old.ckpt")
         if not self.latest.exists():
             return
@@ -976,7 +978,7 @@ class Run:
 
     def make_result(self, stopper, latest, best, precise):
         """The result of the run, for the record. Accuracies are of the best epoch if there is early
-        stopping, otherwise of the last epoch. Names that begin with "latest_" are of the last."""
+        stopping, otherwise of the last; those named "latest_..." are always of the last epoch."""
         epoch = stopper.best_epoch if stopper else self.epoch
         result = {"epoch": epoch, "best_epoch": epoch if stopper else None,
                   "model_size": self.model_size, "latest_test_accuracy": latest["accuracy"],
@@ -986,7 +988,7 @@ class Run:
             if "accuracy" in name:
                 result[name] = values[epoch - 1]
                 result[f"latest_{name}"] = values[-1]
-        if "val_accuracy_augmented" not in result:  # without augmentation it is the same
+        if "val_accuracy_augmented" not in result:  # without augmentation both are the same
             result["val_accuracy_augmented"] = result["val_accuracy"]
         return result
 
@@ -1079,7 +1081,7 @@ def plain_value(value):
     return None
 
 def without_off(value):
-    """A plain value without those entries of dicts that are off. With them, a new setting, or an
+    """A plain value without the entries of its dicts that are off. Otherwise a new setting, or an
     attribute that only newer versions of PyTorch give to their layers, would change the identity of
     every run."""
     if isinstance(value, list):
@@ -1185,7 +1187,7 @@ def latest_records(records):
 
 def belongs_to(record, folder):
     """Whether a record is of the data and of the script that a folder <data>/<script>/records is
-    named after; how many training images it has is not looked at."""
+    named after, with any number of training images."""
     script, data = folder.parent.name, folder.parent.parent.name
     slug_of_data = data_slug(record["data"], record["identity"]["data"]["fingerprint"])
     return record["identity"]["script"] == script and data.startswith(slug_of_data)
@@ -1235,7 +1237,7 @@ def layers_to_compare(record):
             if not re.search("Norm|Dropout", layer["class"])]
 
 def other_values(record, records):
-    """The values of its description that another record does not share, as ["dropout 0.3"]."""
+    """What the description of a record says and that of another one does not: ["dropout 0.3"]."""
     words = []
     for key, value in describe(record).items():
         is_said = value is False or not is_off(value)  # but not "augmentation none"
@@ -1244,8 +1246,8 @@ def other_values(record, records):
     return words
 
 def other_layer(record, records):
-    """Its first layer whose class differs from that at the same position in another record's
-    network, as ["layers.2: GELU"]; an empty list if there is none."""
+    """The first layer of a record's network whose class differs from that at the same position in
+    another network, as ["layers.2: GELU"]; an empty list if there is none."""
     networks = [layers_to_compare(other) for other in records]
     for i, layer in enumerate(layers_to_compare(record)):
         for network in networks:
@@ -1254,8 +1256,8 @@ def other_layer(record, records):
     return []
 
 def first_difference(record, records):
-    """The first value of its identity that another record does not share, with its place, as
-    "optimizer 0 momentum: 0.9"; "" if there is none."""
+    """The first value of a record's identity that another identity does not have, with its place,
+    as "optimizer 0 momentum: 0.9"; "" if there is none."""
     identities = [flat_identity(other["identity"]) for other in records]
     for place, value in flat_identity(record["identity"]).items():
         if any(identity.get(place) != value for identity in identities):
@@ -1291,8 +1293,8 @@ def compare_runs(experiments, script, folder):
     return [f"# {records[0]['data']}: runs of {script}.py", "", "![Runs](runs.png)", "",
             *markdown_table(rows), "", sentence, "",
             f"{caption(records)}. Accuracies are in %, mean ± standard deviation of the seeds. The "
-            "names of a run's record and figures contain its id. With the flags of these "
-            "runs, `--redraw --question=all` makes a page of the report's questions.", ""]
+            "names of a run's record and figures contain its id. To make a page of the report's "
+            "questions, add `--redraw --question=all` to the flags of these runs.", ""]
 
 def print_table(rows):
     """Print rows {heading: text} in aligned columns."""
@@ -1321,11 +1323,11 @@ def compare_last_two(experiments):
     if len(experiments) < 2:
         return ""
     before, last = list(experiments)[-2:]
-    difference = welch_difference(values_of(experiments[last], "test_accuracy"),
-                                  values_of(experiments[before], "test_accuracy"))
     if min(len(experiments[before]), len(experiments[last])) < MIN_SEEDS:
         return (f"Accuracies vary with the seed: run {MIN_SEEDS} seeds of each (--seeds="
                 f"{MIN_SEEDS}) to see whether the last two runs really differ.")
+    difference = welch_difference(values_of(experiments[last], "test_accuracy"),
+                                  values_of(experiments[before], "test_accuracy"))
     if difference.low is None:
         return (f"{last} against {before}: {difference} points of test accuracy, the same with "
                 "every seed.")
@@ -1374,7 +1376,7 @@ def write_csv(records, path):
                 **record["result"], "epochs": len(history["val_loss"]),
                 "minutes": round(sum(history["seconds"]) / 60, 2),
                 "machine": record["device"], "precision": record["precision"],
-                # g makes it a text: pandas would read 1234e56 as a number
+                # Without the g pandas would read 1234e56 as a number.
                 "commit": f"g{record['commit'] or 'none'}", "finished": record["finished"]}
         settings = {}
         for name, value in off.items():
@@ -1438,8 +1440,8 @@ def save_figure(figure, title, path, records=(), legend_axes=()):
     plt.close(figure)
 
 def caption(records):
-    """Data, weights, recipe, precision and machine of the runs in a figure. Those of which the runs
-    have more than four values are left out."""
+    """Data, weights, recipe, precision and machine of the runs in a figure. What has more than four
+    different values is left out."""
     recipes = [recipe_of(record) for record in records]
     parts = []
     for key in recipes[0]:
@@ -1472,7 +1474,7 @@ def recipe_of(record):
         "machine": record["device"].split(",")[0]}
 
 def drawable(text):
-    """A text that the font of the figures can draw: with codes for characters that it lacks."""
+    """A text that the font of the figures can draw: codes replace the characters that it lacks."""
     font = get_font(findfont("DejaVu Sans"))
     for letter in set(text) - {"\n"}:
         if not font.get_char_index(ord(letter)):
@@ -1692,8 +1694,8 @@ def plot_summary(summary, questions, results, path):
     save_figure(figure, "What each technique is worth", path, flatten(groups), [ax])
 
 def plot_conclusions(verdicts, path, with_report):
-    """Do we reach the report's conclusions? A line for each Verdict: our difference with its 95 %
-    interval, and the report's."""
+    """Whether we reach the report's conclusions, a line for each Verdict: our difference with its
+    95 % interval, and the report's, which may be of validation accuracies."""
     figure, (ax,) = new_figure(1, 1, 9, 0.42 * len(verdicts))
     ax.axvline(0, color="0.4", linewidth=1)
     colors = {"holds": "#2a8a4a", "does not hold": "#b2182b"}
@@ -1755,8 +1757,8 @@ class Question:
         return reports
 
     def settings_of_rows(self, settings):
-        """{row: its settings}. A row's changes come first, then the flags on the command line, then
-        the question's defaults, then what the script says."""
+        """{row: its settings}. A row's changes take precedence over the flags on the command line,
+        these over the question's defaults, and these over what the script says."""
         defaults = {name: value for name, value in self.defaults.items()
                     if name not in settings.given}
         return {row.name: settings.replace(**defaults).replace(**row.changes) for row in self.rows}
@@ -2106,7 +2108,7 @@ def judge_against_rivals(claim, ours, results):
 
 def judge_against_one(claim, rival, ours, theirs):
     """The Verdict on a claim against one of its rivals. To say that it does not hold, the interval
-    has to be wider (Bonferroni's correction), as this rival is chosen among several afterwards."""
+    has to be wider (Bonferroni's correction), since any one of several rivals is enough."""
     difference = welch_difference(ours, theirs)
     corrected = welch_difference(ours, theirs, 1 - 0.05 / len(claim.rivals))
     outcome = outcome_of(claim, difference, corrected, min(len(ours), len(theirs)))
@@ -2150,7 +2152,7 @@ def claim_line(verdict, with_report):
 
 
 # ========== settings ==========
-# A setting is a plain value that gets its name above "# --- end of settings" in a script, such as
+# A setting is a plain value that is assigned above "# --- end of settings" in a script, such as
 # norm_flag = False; names in capital letters are constants. Each setting is also a flag of the
 # command line, unless it is a list; the comment beside it is the flag's help text.
 
@@ -2205,7 +2207,7 @@ def between(low, high, whole=False):
 
     def parse(text):
         number = any_number(text)
-        is_inside = low <= number <= high  # nan is not
+        is_inside = low <= number <= high  # False for nan
         if not is_inside or (whole and not isinstance(number, int)):
             raise wrong_value(text, f"{kind} from {low} to {high}")
         return number
@@ -2401,7 +2403,7 @@ def run(settings, mean, std, build_model, train, draw, questions, claims, summar
         check_writable(folder / "records", FOLDER / "checkpoints")
         trained, problems = train_all(runs, train, data, choose_dtype(device, settings.precision))
         if leaves_results_to_redraw(settings, trained):
-            # Any other exit code than 0 would make torchrun end the other processes.
+            # Any exit code other than 0 would make torchrun end the other processes.
             print(*problems, "When all processes have ended, --redraw shows the results", sep="\n")
             return []
         if problems and not trained:
@@ -2494,7 +2496,8 @@ def rank_and_processes():
     return 0, 1
 
 def leaves_results_to_redraw(settings, trained):
-    """Whether other processes may still be training what the results need."""
+    """Whether other processes may still be training runs of the same question or, if this process
+    has none, the only run."""
     _, processes = rank_and_processes()
     if processes == 1:
         return False
@@ -2566,7 +2569,7 @@ def predict(settings, build_model, device):
         prepare_model(model.to(device), settings, dtype)
         logits, labels = predict_logits(model, data.batches(data.test), dtype)
         show_predictions(paths, root, classes, logits.cpu(), labels.cpu())
-    if unreadable:  # a good image is classified all the same
+    if unreadable:  # the others have been classified above
         raise UserError(f"these cannot be read as images: {'; '.join(unreadable.values())}")
 
 def find_images_to_predict(root):
@@ -2636,7 +2639,7 @@ def choose_device(settings):
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":  # torchrun's processes have a GPU each
+    if name == "cuda":  # under torchrun each process has a GPU of its own
         rank = os.environ.get("LOCAL_RANK", "") or "0"
         name = f"cuda:{rank}"
     if settings.deterministic:
