@@ -2516,7 +2516,7 @@ def check_writable(*folders):
 def write_page(lines, folder):
     """Write README.md of a folder of results."""
     with atomic_write(folder / "README.md") as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
+        temporary.write_text("\n".join(lines), encoding="utf-8", newline="\n")
     print(f"Page: {folder / 'README.md'}")
 
 def run_script(main):
@@ -2666,11 +2666,13 @@ def choose_dtype(device, precision):
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else torch.float32
 
+CPU_INFO = Path("/proc/cpuinfo")  # the flags of the CPU, in Linux
+
 def has_native_bfloat16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    info = Path("/proc/cpuinfo")
-    return info.exists() and re.search("avx512_bf16|amx_bf16", info.read_text()) is not None
+    return (CPU_INFO.exists()
+            and re.search("avx512_bf16|amx_bf16", CPU_INFO.read_text()) is not None)
 
 def describe_device(device):
     """The name of the GPU, or the instruction set and threads of the CPU, for the record."""

@@ -56,12 +56,13 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def _same_everywhere(monkeypatch, request):
-    """On every machine the precision auto finds the same CPU, and no test believes that torchrun
-    has started it."""
+    """On every machine the precision auto finds the same CPU, no test believes that torchrun has
+    started it, and git works in the folder of a test even if a commit hook has started pytest."""
     found = request.config.getoption("--bfloat16")
     monkeypatch.setattr(utils, "has_native_bfloat16", lambda device: found)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):

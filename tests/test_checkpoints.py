@@ -46,18 +46,18 @@ def run(small, weights_file, monkeypatch):
     return run
 
 @contextmanager
-def interrupted(call, name="train_one_epoch", module=utils):
-    """Ctrl-C at the end of this call of a function, counted from 1."""
-    calls, real = [], getattr(module, name)
+def interrupted(epoch):
+    """Ctrl-C at the end of training this epoch of a call, counted from 1."""
+    results, real = [], utils.train_one_epoch
 
-    def stop(*arguments):
-        calls.append(real(*arguments))
-        if len(calls) == call:
+    def train_and_stop(*arguments):
+        results.append(real(*arguments))
+        if len(results) == epoch:
             raise KeyboardInterrupt
-        return calls[-1]
+        return results[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, name, stop)
+        patch.setattr(utils, "train_one_epoch", train_and_stop)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -80,13 +80,25 @@ def test_a_run_interrupted_in_each_epoch_is_the_uninterrupted_one(run, small, na
     resumed = re.findall(r"Resumed after epoch (\d)", capsys.readouterr().out)
     assert [int(epoch) for epoch in resumed] == [*range(1, epochs + 1)]
 
-@pytest.mark.parametrize("call", [3, 4, 13, 16])
-def test_a_kill_between_any_two_files_loses_nothing(run, small, call):
-    """After two trials whether the folders can be written, each epoch writes the latest and the
-    best model; at the end both are written again, and the record follows."""
+@pytest.mark.parametrize(("file", "number"), [
+    ("latest_", 1), ("best_", 1), ("latest_", 7), ("best_", 7), ("seed0.json", 1)])
+def test_a_kill_after_any_file_loses_nothing(run, small, monkeypatch, file, number):
+    """Each of six epochs writes the latest and the best model; at the end both are written again,
+    and the record follows."""
     run("convnet", "whole")
-    with interrupted(call, "replace", os):
+    written, replace = [], os.replace
+
+    def replace_and_stop(source, target):
+        replace(source, target)
+        if file in str(target):
+            written.append(target)
+            if len(written) == number:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace_and_stop)
+    with pytest.raises(KeyboardInterrupt):
         run("convnet", "broken")
+    monkeypatch.setattr(os, "replace", replace)
     run("convnet", "broken", "--resume")
     assert outcome(small / "broken") == outcome(small / "whole")
 
@@ -194,10 +206,13 @@ def test_a_process_that_is_interrupted_and_then_killed_loses_nothing(
         process = subprocess.Popen(
             [*command, *argv], cwd=project.folder, stdin=subprocess.DEVNULL, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        epochs = (line for line in process.stdout if line.startswith("epoch"))
-        _, second, _ = itertools.islice(epochs, 3)  # the third is told before it is saved
-        process.send_signal(number)
-        _, error = process.communicate(timeout=240)
+        try:
+            epochs = (line for line in process.stdout if line.startswith("epoch"))
+            _, second, _ = itertools.islice(epochs, 3)  # the third is told before it is saved
+            process.send_signal(number)
+            _, error = process.communicate(timeout=240)
+        finally:
+            process.kill()
         assert process.returncode == code
         assert ("--resume continues" in error) == (number == signal.SIGINT)
         assert error.count("\n") <= 1

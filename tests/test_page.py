@@ -6,6 +6,7 @@ import shlex
 import shutil
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, parse
@@ -50,8 +51,11 @@ def read_page(name):
     lines = (PUBLISHED / name / "README.md").read_text(encoding="utf-8").splitlines()
     return lines, shlex.split(lines[0].partition(".py")[2])
 
+def test_three_folders_are_published():
+    assert len(FOLDERS) == 3
+
 @pytest.mark.parametrize("name", FOLDERS)
-def test_what_is_published_is_drawn_from_the_records_byte_by_byte(folder, name):
+def test_published_pages_are_those_of_the_records_byte_by_byte(folder, name):
     place = folder / "published" / name
     shutil.copytree(PUBLISHED / name, place)
     for path in place.glob("*.*"):
@@ -78,7 +82,10 @@ def test_every_number_of_a_published_table_is_that_of_the_records(name):
     records = utils.load_records(PUBLISHED / name / "records")
     settings = parse(*flags, "--question=all", script=script)
     found = utils.find_results(settings, script.QUESTIONS, records, [])
-    for i in [i for i, line in enumerate(lines) if line.startswith("**Table")]:
+    places = [i for i, line in enumerate(lines) if line.startswith("**Table")]
+    shown = re.findall("## Question (.+)", "\n".join(lines))
+    assert len(places) == len([number for number in shown if script.QUESTIONS[number].columns])
+    for i in places:
         number = re.findall("## Question (.+)", "\n".join(lines[:i]))[-1]
         question = script.QUESTIONS[number]
         table = [line.strip("| ").split(" | ") for line in lines[i + 4:i + 4 + len(found[number])]]
@@ -183,6 +190,38 @@ def test_the_caption_says_that_seeds_ran_on_different_code():
         record["commit"] = commit
     assert utils.caption(records).endswith(", 3 runs, 2 versions of the code")
     assert "versions" not in utils.caption([records[0], records[2]])
+
+def test_curves_show_the_numbers_of_a_record(folder, figures):
+    record = published("ConvNet")[0]
+    utils.plot_learning_curves({"": [record]}, "", folder)
+    for axis, quantity, factor in zip(figures[0].axes, ("loss", "accuracy"), (1, 100)):
+        shown = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+        for label, key in ("train", f"train_{quantity}"), ("validation", f"val_{quantity}"):
+            expected = [factor * value for value in record["history"][key]]
+            assert shown[label] == pytest.approx(expected)
+
+def test_the_confusion_matrix_is_in_percent_of_the_true_class(folder, figures):
+    record = published("ConvNet")[0]
+    record["confusion"] = (8 * np.eye(10, dtype=int)).tolist()
+    record["confusion"][0][1] = 24  # of 32 images of class 0
+    utils.plot_classes([record], folder, "")
+    shown = figures[0].axes[0].images[0].get_array()
+    assert shown[0, :2].tolist() == [25, 75]
+    assert shown[1, 1] == 100
+
+def test_dots_and_intervals_are_those_of_the_records(folder, figures):
+    records = published("ConvNet, batch norm")
+    accuracies = [100 * record["result"]["test_accuracy"] for record in records]
+    utils.plot_runs({"a": records}, folder, "script")
+    shown = {line.get_label(): line.get_xdata() for line in figures[0].axes[1].lines}
+    assert list(shown["one seed"]) == pytest.approx(accuracies)
+    assert shown["mean"][0] == pytest.approx(statistics.mean(accuracies))
+    claim = utils.Claim("2a", "", "a", constant=10.0, above=0)
+    verdict = utils.judge(claim, {"2a": {"a": records}})
+    utils.plot_conclusions([verdict], folder, with_report=False)
+    shown = {line.get_label(): line.get_xdata() for line in figures[1].axes[0].lines}
+    assert list(shown["95 % interval"]) == [verdict.difference.low, verdict.difference.high]
+    assert shown["ours"][0] == pytest.approx(statistics.mean(accuracies) - 10)
 
 def test_a_figure_compares_the_last_six_runs(folder, figures):
     experiments = utils.group_experiments(published())

@@ -1,6 +1,5 @@
 """The identity of a run, and what is read from a folder of records."""
 
-import ast
 import csv
 import hashlib
 import json
@@ -272,11 +271,6 @@ def test_rows_that_compute_the_same_are_a_wrong_setting(small, monkeypatch, rows
     with pytest.raises(utils.UserError, match="are identical$") as error:
         ex3_convnet.main([*ARGV, "--question=5"])
     assert error.value.exit_code == 2
-
-@pytest.mark.parametrize("name", ["utils", "ex3_convnet", "ex3_pretrained"])
-def test_nothing_is_checked_by_an_assert_which_python_o_leaves_out(name):
-    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
-    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree))
 
 def test_a_commit_is_that_of_the_repository_that_tracks_the_script(
         project, few, small_convnet, no_figures, monkeypatch):

@@ -9,7 +9,7 @@ from functools import partial
 import matplotlib
 import numpy as np
 import pytest
-from conftest import TINY, records_in
+from conftest import TINY, parse, records_in
 from test_records import ARGV, change, edited, page, rows_of
 
 import ex3_convnet
@@ -52,7 +52,7 @@ def test_plain_things_leave_each_their_own_results_and_nothing_that_git_sees(pro
         f"mine.py {LINE} --question=2a", f"ex3_convnet.py {LINE} --question=2a",
         "ex3_convnet.py --redraw", f"ex3_pretrained.py {LINE} --redraw",
         "ex3_convnet.py --redraw --question=all --results=figures/published --reg=0.3",
-        "ex3_convnet.py --dropout=2")
+        "ex3_convnet.py --dropout=2", PYTHONIOENCODING="ascii")  # a terminal without a ±
     assert "Traceback" not in done.stderr, done.stderr
     assert re.findall("exit code (.*)", done.stdout) == [*5 * "0", *3 * "1", "2"]
     *lines, last = done.stderr.splitlines()
@@ -109,6 +109,11 @@ def test_torchrun_shares_the_runs_of_a_question(project, photos):
     for title in "ConvNet, seed", "ConvNet, batch norm, seed":
         assert [done.stdout.count(f"{title} {i}: ") for i in range(3)] == [1, 1, 0]
 
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(utils.UserError, match="^--device=cuda:99 cannot be used"):
+        utils.choose_device(parse("--device=cuda"))
+
 @pytest.mark.parametrize(("rank", "runs"), [("0", 1), ("1", 0)])
 def test_a_single_experiment_under_torchrun_leaves_its_figures(
         folder, few, small_convnet, monkeypatch, rank, runs):
@@ -158,6 +163,15 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_training(small, caps
         ex3_convnet.main(ARGV)
     assert epochs_in(capsys.readouterr().out) == 0
     assert files_in(small).keys() <= {small / place}
+
+def test_a_full_disk_is_one_sentence(capsys):
+    def main():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SystemExit) as end:
+        utils.run_script(main)
+    assert end.value.code == 1
+    assert capsys.readouterr().err.endswith("No space left on device\n")
 
 def test_a_redrawn_question_shows_the_runs_with_its_settings(small):
     """Or says which settings there are."""

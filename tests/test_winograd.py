@@ -97,25 +97,6 @@ def test_images_with_another_number_of_channels_are_an_error():
     with pytest.raises(RuntimeError):
         layer(torch.randn(2, 64, 8, 8))
 
-def test_a_copy_computes_with_its_own_weights():
-    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1))
-    utils.use_winograd(model)
-    images = torch.randn(2, 64, 8, 8)
-    before = results(model, images)
-    other = copy.deepcopy(model)
-    nn.init.normal_(other[0].weight)
-    expected = F.conv2d(images, other[0].weight, other[0].bias, padding=1)
-    torch.testing.assert_close(results(other, images), expected.detach(), rtol=1e-4, atol=1e-3)
-    assert torch.equal(results(model, images), before)
-
-def test_the_state_dict_does_not_change():
-    model = ex3_convnet.ConvNet(norm_flag=True)
-    state = copy.deepcopy(model.state_dict())
-    utils.prepare_model(model, parse(), torch.float32)
-    assert [*model.state_dict()] == [*state]
-    for name, values in model.state_dict().items():
-        assert torch.equal(values, state[name])
-
 def test_the_convnet_trains_with_it_as_without(folder, few, no_figures, monkeypatch):
     monkeypatch.setattr(ex3_convnet, "CHANNELS", (128, 128, 128, 128, 8))  # 2x2 pixels at last
     losses = []
@@ -126,14 +107,17 @@ def test_the_convnet_trains_with_it_as_without(folder, few, no_figures, monkeypa
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
-        folder, few, no_figures, monkeypatch):
-    monkeypatch.setattr(ex3_convnet, "CHANNELS", (64, 64, 64, 64, 8))
-    whole, = ex3_convnet.main(TINY)
-    ex3_convnet.main([*TINY, "--num_epochs=1"])
-    resumed, = ex3_convnet.main([*TINY, "--resume"])
-    assert resumed["history"]["train_loss"] == whole["history"]["train_loss"]
-    assert resumed["filters"] == whole["filters"]
+@pytest.mark.parametrize(("flags", "expected"), [([], []), (["--compile"], ["ConvNet"])])
+def test_the_network_is_compiled_if_that_is_asked_for(
+        folder, few, no_figures, small_convnet, monkeypatch, flags, expected):
+    compiled = []
+
+    def compile_nothing(model, **_):
+        compiled.append(type(model).__name__)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_nothing)
+    ex3_convnet.main([*TINY, *flags])
+    assert compiled == expected
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="there is no C++ compiler")
 def test_a_compiled_network_computes_the_same():
