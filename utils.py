@@ -625,8 +625,8 @@ def epoch_seed(seed, epoch, purpose):
 
 def train_one_epoch(model, batches, optimizer, scaler, dtype):
     """One pass over the training images. Returns mean loss and accuracy (0..1), measured on the
-    training batches, so with augmentation and dropout. scaler: a GradScaler, which
-    changes nothing unless dtype is float16."""
+    training batches, so with augmentation and dropout. scaler: a GradScaler, which changes nothing
+    unless dtype is float16."""
     model.train()
     device = next(model.parameters()).device
     # The sums stay on the device: reading a number from a GPU means waiting for it.
