@@ -305,7 +305,7 @@ def draw(question_id, results, folder, data):
         plot_dropout(results, reports, folder / "figure_7.png")
     else:
         utils.plot_learning_curves(results, QUESTIONS[question_id].text,
-                                   folder / f"figure_{question_id}.png")
+                                   folder / f"question_{question_id}.png")
 
 def plot_early_stopping(results, reports, path):
     """Figure 5: accuracy curves. A star marks a seed's best epoch, a square an early stop."""

@@ -330,7 +330,7 @@ CLAIMS = [  # the report's own conclusions first
 def draw(question_id, results, folder, data):
     """Draw the figures of a question. results: {name: records}; data: not needed here."""
     question = QUESTIONS[question_id]
-    names = question.figures or (f"figure_{question_id}.png",)
+    names = question.figures or (f"question_{question_id}.png",)
     titles = {"4a": "Figure 8: VGG11-BN", "4b": "Figures 9 and 10: VGG11-BN"}
     utils.plot_learning_curves(results, titles.get(question_id, question.text), folder / names[0],
                                question.reports(results), lowest=60)

@@ -969,6 +969,9 @@ class Run:
         if old:
             print(f"This replaces the record of {old['finished'][:10]}: test "
                   f"{old['result']['test_accuracy']:.1%} -> {result['test_accuracy']:.1%}")
+            if old["code"] != self.metadata["code"]:
+                print("The code has changed since then. A setting of your own at the top of the "
+                      "script, such as loss = \"smooth\", would keep the runs apart")
         with atomic_write(self.record_path) as temporary:
             temporary.write_text(json.dumps(record))
         show_result(record)
@@ -1129,7 +1132,7 @@ def load_record(path):
             record.setdefault(name, value)
         record.setdefault("settings", record["identity"]["settings"])
         check_record(record)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is left out: it is damaged or not a record") from error
     return dict(record, name=path.stem, digest=digest_of(record["identity"]))
 
@@ -1143,23 +1146,31 @@ def check_record(record):
     decode_filters(record["filters"]["before"])
     decode_filters(record["filters"]["after"])
     texts = [record["title"], record["data"], record["device"], record["precision"],
+             record["note"], record["commit"], record["code"], record["pretrained"],
              identity["layers"][0]["class"], identity["optimizer"][0]["name"],
              identity["schedule"]["name"], *record["classes"]]
-    accuracies = [result["test_accuracy"], result["val_accuracy"], *history["val_accuracy"]]
     counts = [len(history["val_loss"]), result["model_size"], identity["data"]["train"]]
+    accuracies = [result["test_accuracy"], result["val_accuracy"], *history["val_accuracy"],
+                  *accuracies_in(result), *flatten(accuracies_in(history))]
     is_right = (all(isinstance(text, str) for text in texts)
-                and all(0 <= accuracy <= 1 for accuracy in accuracies)
-                and all(count > 0 for count in counts)
+                and all(0 < count < 10**12 for count in counts)
+                and all(0 <= value <= 1 for value in accuracies)
                 and all(seconds >= 0 for seconds in history["seconds"])
+                and 1 <= result["epoch"] <= len(history["val_loss"])
+                and result["best_epoch"] in (None, result["epoch"])
                 and isinstance(record["seed"], int)
                 and canonical(record["settings"]) == identity["settings"])
     if not is_right:
         raise ValueError("a value of the wrong kind")
 
+def accuracies_in(numbers):
+    """The values of a result or a history that are accuracies and not None."""
+    return [value for key, value in numbers.items() if "accuracy" in key and value is not None]
+
 def load_records(folder):
     """All records in a folder and in those below it; where several have the same identity and seed,
     only the latest. Prints which files are left out."""
-    found = []
+    found = {}  # by their paths
     for path in sorted(folder.rglob("*.json")):
         try:
             record = load_record(path)
@@ -1167,23 +1178,24 @@ def load_records(folder):
             print(error, file=sys.stderr)
             continue
         if belongs_to(record, folder):
-            found.append(record)
+            found[path] = record
         else:
             print(f"{path} is left out: it was written by {record['identity']['script']}.py for "
                   f"{record['data']}, or for another folder of this name", file=sys.stderr)
     return sorted(latest_records(found), key=lambda record: record["name"])
 
-def latest_records(records):
-    """Of each identity and seed the latest record. Prints which ones are left out."""
-    latest = {}
-    for record in sorted(records, key=lambda record: record["finished"], reverse=True):
-        key = record["digest"], record["seed"]
+def latest_records(found):
+    """Of {path: record} the latest record of each identity and seed. Prints which ones are left
+    out."""
+    latest = {}  # the paths
+    for path in sorted(found, key=lambda path: found[path]["finished"], reverse=True):
+        key = found[path]["digest"], found[path]["seed"]
         if key in latest:
-            print(f"{record['name']}.json is left out: {latest[key]['name']}.json is a later run "
-                  "with the same settings and seed", file=sys.stderr)
+            print(f"{path} is left out: {latest[key]} is a later run with the same settings and "
+                  "seed", file=sys.stderr)
         else:
-            latest[key] = record
-    return list(latest.values())
+            latest[key] = path
+    return [found[path] for path in latest.values()]
 
 def belongs_to(record, folder):
     """Whether a record is of the data and of the script that a folder <data>/<script>/records is
@@ -1323,9 +1335,12 @@ def compare_last_two(experiments):
     if len(experiments) < 2:
         return ""
     before, last = list(experiments)[-2:]
-    if min(len(experiments[before]), len(experiments[last])) < MIN_SEEDS:
-        return (f"Accuracies vary with the seed: run {MIN_SEEDS} seeds of each (--seeds="
-                f"{MIN_SEEDS}) to see whether the last two runs really differ.")
+    for name in before, last:
+        seeds = [record["seed"] for record in experiments[name]]
+        if len(seeds) < MIN_SEEDS:
+            return (f"Accuracies vary with the seed: run {MIN_SEEDS} seeds of each to see whether "
+                    f"the last two runs really differ. {name} lacks --seed={max(seeds) + 1} "
+                    f"--seeds={MIN_SEEDS - len(seeds)}.")
     difference = welch_difference(values_of(experiments[last], "test_accuracy"),
                                   values_of(experiments[before], "test_accuracy"))
     if difference.low is None:
@@ -1440,14 +1455,15 @@ def save_figure(figure, title, path, records=(), legend_axes=()):
     plt.close(figure)
 
 def caption(records):
-    """Data, weights, recipe, precision and machine of the runs in a figure. What has more than four
-    different values is left out."""
+    """Data, weights, recipe, precision, machine and settings of the runs in a figure. What has more
+    than four different values is left out."""
     recipes = [recipe_of(record) for record in records]
     parts = []
     for key in recipes[0]:
         values = sorted({recipe[key] for recipe in recipes if recipe[key] != "none"})
         if 0 < len(values) <= 4:
             parts.append(" or ".join(values))
+    parts += shared_settings(records)
     runs = {(record["digest"], record["seed"]) for record in records}
     if len(runs) > 1:
         parts.append(plural(len(runs), "run"))
@@ -1472,6 +1488,19 @@ def recipe_of(record):
         "reg": f"weight decay {settings.get('reg', 0):g}",
         "precision": record["precision"],
         "machine": record["device"].split(",")[0]}
+
+NOT_IN_CAPTIONS = (  # they are in recipe_of, or details of other settings
+    "num_epochs", "batch_size", "learning_rate", "learning_rate_decay", "reg", "num_training",
+    "num_validation", "image_size", "patience", "monitor", "frozen_norm")
+
+def shared_settings(records):
+    """The other settings that are on, with the same value in all runs, as ["dropout 0.3"]."""
+    words = []
+    for name, value in records[0]["settings"].items():
+        is_shared = all(record["settings"].get(name) == value for record in records)
+        if is_shared and not is_off(value) and name not in NOT_IN_CAPTIONS:
+            words.append(f"{name} {value}")
+    return words
 
 def drawable(text):
     """A text that the font of the figures can draw: codes replace the characters that it lacks."""
@@ -1808,7 +1837,7 @@ def plan_questions(settings, questions):
             raise WrongSetting(conflict)
         for name, value in question.defaults.items():
             if name not in settings.given and getattr(settings, name) != value:
-                print(f"Question {question_id} sets {name} to {value}; --{name} changes that")
+                print(f"Question {question_id} sets {name} to {value}; --{name}=... changes that")
         planned += question.settings_of_rows(settings).values()
     return planned
 
@@ -1956,7 +1985,7 @@ def page_lines(title, questions, results, verdicts, folder):
         lines += [claim_line(verdict, has_report(records)) for verdict in verdicts
                   if verdict.claim.question == question_id]
         lines += ["", *table_lines(question, rows)]
-        figures = question.figures or (f"figure_{question_id}.png",)  # of a question that you added
+        figures = question.figures or (f"question_{question_id}.png",)  # of one that you added
         lines += pictures(figures, folder)
     return lines
 
@@ -2460,6 +2489,8 @@ def show_questions(settings, questions, claims, summary, results, draw, folder, 
     given = [f" --{name}={getattr(settings, name)}" for name in sorted(settings.given)
              if name in settings.identity_names]
     title = f"{settings.script}.py{''.join(given)}"
+    for name in ("summary.png", "same_conclusions.png"):  # of other runs; perhaps not drawn again
+        (folder / name).unlink(missing_ok=True)
     try:
         with plt.style.context(STYLE):
             for question_id, rows in results.items():

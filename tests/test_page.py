@@ -184,6 +184,19 @@ def test_a_class_name_that_the_font_lacks_is_a_code_that_the_output_explains(
     assert labels[2:6] == ["bird", r"\u732b", r"\u72ac", "dog"]
     assert capsys.readouterr().out == "In the figure, \\u732b is 猫, \\u72ac is 犬\n"
 
+def test_the_caption_names_the_settings_that_all_runs_share():
+    records = published("ConvNet, batch norm, dropout 0.5", "ConvNet, batch norm, dropout 0.7")
+    assert ", norm_flag True, " in utils.caption(records)
+    assert "dropout" not in utils.caption(records)
+    assert ", dropout 0.5, norm_flag True, " in utils.caption(records[:1])
+
+def test_a_page_shows_no_picture_of_other_runs(small):
+    ex3_convnet.main([*TINY, "--question=1"])
+    place, = small.glob("figures/*/*")
+    (place / "summary.png").write_bytes(b"a picture of Question 2a")
+    ex3_convnet.main([*TINY, "--question=1", "--redraw"])
+    assert "summary.png" not in (place / "README.md").read_text(encoding="utf-8")
+
 def test_the_caption_says_that_seeds_ran_on_different_code():
     records = published("ConvNet")[:3]
     for record, commit in zip(records, ("a", "b", "a")):

@@ -152,8 +152,10 @@ def test_what_is_damaged_or_no_record_is_named_left_out_and_replaced_by_a_run(sm
     path, = small.glob("figures/*/*/records/*")
     parts = [{"result": [0.5]}, {"result": {}}, {"history": {}}, {"identity": {}},
              {"identity": "mine"}, {"seed": "one"}, {"finished": "today"}, {"filters": None},
-             {"result": {**record["result"], "test_accuracy": 81.7}}, {"data": "CIFAR-10"}]
-    texts = ["", "{", "[]", "3", "null", "\0\1", '{"title": "ConvNet", "seed": 0}',
+             {"result": {**record["result"], "test_accuracy": 81.7}}, {"data": "CIFAR-10"},
+            {"result": {**record["result"], "train_accuracy": 9}}, {"commit": ["a"]},
+            {"result": {**record["result"], "best_epoch": 9}}, {"pretrained": 5}]
+    texts = ["", "{", "[]", "3", "null", "\0\1", "[" * 100_000, '{"title": "ConvNet", "seed": 0}',
              *(json.dumps({**record, **part}) for part in parts)]
     others = {path.with_name(f"{i:02}.json"): text for i, text in enumerate(texts)}
     for other, text in others.items():
@@ -165,7 +167,7 @@ def test_what_is_damaged_or_no_record_is_named_left_out_and_replaced_by_a_run(sm
         shown, = ex3_convnet.main([*argv, "--redraw"])
         assert shown["name"] == path.stem
         for other, line in zip(others, capsys.readouterr().err.splitlines(), strict=True):
-            assert line.startswith(f"{other} is left out")
+            assert line == f"{other} is left out: it is damaged or not a record"
     assert [other.read_text() for other in others] == texts
 
 @pytest.mark.parametrize(("shown", "gelu_is_later", "gelu_seeds", "argv"), [
@@ -203,7 +205,8 @@ def test_of_records_of_one_seed_the_latest_counts_and_both_are_named(small, caps
     assert record["name"] == "a (1)"
     lines = capsys.readouterr().err.splitlines()
     for name, line in zip([path.name, "x (1).json"], lines, strict=True):
-        assert line.startswith(f"{name} is left out: a (1).json is")
+        latest = path.with_name("a (1).json")
+        assert line.startswith(f"{path.with_name(name)} is left out: {latest} is a later run")
 
 @pytest.mark.filterwarnings("error")
 def test_what_an_older_record_lacks_is_shown_as_a_dash(small):

@@ -141,7 +141,7 @@ def test_a_flag_without_effect_is_one_sentence(folder, script, flag, words):
         script.main([*flag.split(), "--redraw"])
 
 def test_a_question_says_which_settings_it_changes(folder, capsys):
-    words = "Question 2b sets num_epochs to 50; --num_epochs changes that"
+    words = "Question 2b sets num_epochs to 50; --num_epochs=... changes that"
     planned = utils.plan_runs(parse("--question=2b"), ex3_convnet.QUESTIONS)
     assert {run.num_epochs for run in planned} == {50}
     assert words in capsys.readouterr().out
