@@ -167,7 +167,7 @@ def test_what_is_damaged_or_no_record_is_named_left_out_and_replaced_by_a_run(sm
         shown, = ex3_convnet.main([*argv, "--redraw"])
         assert shown["name"] == path.stem
         for other, line in zip(others, capsys.readouterr().err.splitlines(), strict=True):
-            assert line == f"{other} is left out: it is damaged or not a record"
+            assert line.startswith(f"{other} is left out: it ")
     assert [other.read_text() for other in others] == texts
 
 @pytest.mark.parametrize(("shown", "gelu_is_later", "gelu_seeds", "argv"), [
