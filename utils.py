@@ -1300,6 +1300,10 @@ def compare_runs(experiments, script, folder):
     sentence = compare_last_two(experiments)
     print(f"\nThe runs in {folder} (accuracies in %, mean ± standard deviation of the seeds):")
     print_table(rows)
+    for name, records in experiments.items():
+        versions = {record["code"] for record in records}
+        if len(versions) > 1:
+            print(f"The seeds of {name} ran on {len(versions)} versions of the code")
     print(sentence)
     records = flatten(experiments.values())
     return [f"# {records[0]['data']}: runs of {script}.py", "", "![Runs](runs.png)", "",

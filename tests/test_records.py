@@ -258,6 +258,7 @@ def test_seeds_of_edited_code_are_called_versions_of_it_whatever_git_knows(small
     forward = ("return self.layers(images)", "return -self.layers(images)")
     edited(small, forward).main([*ARGV, "--seed=1"])
     assert ", 2 runs, 2 versions of the code." in page(small)
+    assert "The seeds of ConvNet ran on 2 versions of the code\n" in capsys.readouterr().out
     file, = small.glob("checkpoints/*seed0/*")
     image = small / "image.png"
     Image.new("RGB", (32, 32)).save(image)
