@@ -1719,7 +1719,7 @@ def plot_summary(summary, questions, results, path):
             reports.append(questions[question_id].reports(results[question_id])[name])
     if len(groups) < 2:
         return
-    figure, (ax,) = new_figure(1, 1, 8.5, 0.55 * len(groups))
+    figure, (ax,) = new_figure(1, 1, 8.5, 0.7 + 0.55 * len(groups))
     draw_dots(ax, labels, groups, [TRAIN["color"]] * len(groups))
     for y, report in enumerate(reports):
         if "test_accuracy" in report:
