@@ -177,7 +177,7 @@ QUESTIONS = {  # each row holds the report's numbers under the keys of our resul
     "1": Question(
         text="What do the filters of the first convolution learn?",
         rows=[Row("without batch norm", {"norm_flag": False})],
-        figures=("figure_1_2_filters.png",)),
+        figures=("figure_1_2_filters.png",), columns={}),
     "2a": Question(
         text="Does batch normalization help?", title="Table 1", figures=("figure_3_4.png",),
         columns={"train": "train_accuracy", "validation": "val_accuracy",

@@ -1775,9 +1775,10 @@ class Question:
 
     text: str  # a sentence
     rows: list
-    columns: dict = field(default_factory=dict)  # {heading: key of a result}
+    columns: dict = field(default_factory=lambda: {  # of the table: {heading: key of a result}
+        "train": "train_accuracy", "validation": "val_accuracy", "test": "test_accuracy"})
     defaults: dict = field(default_factory=dict)  # settings, unless a flag or a row sets them
-    title: str = ""  # of the table
+    title: str = "Results"  # of the table
     note: str = ""  # below the table
     figures: tuple = ()  # the names of its files, for the page
 

@@ -265,6 +265,18 @@ def test_a_ninth_technique_is_a_function_and_a_row(folder, few, monkeypatch):
     assert "50.0 % against 90.0 (negative)" in line
     assert len([*folder.glob("figures/*/*/figure_6*.png")]) == 2
 
+def test_an_own_question_gets_a_table_and_curves(folder, few, small_convnet, monkeypatch):
+    rows = [utils.Row(f"rate {rate}", {"learning_rate": rate}) for rate in (0.1, 0.01)]
+    monkeypatch.setitem(ex3_convnet.QUESTIONS, "5", utils.Question("How fast?", rows))
+    records = ex3_convnet.main([*ARGV, "--question=5"])
+    assert "|  | train | validation | test | seeds |" in page(folder)
+    for row, record in zip(rows, records):
+        numbers = [f"{100 * record['result'][key]:.1f}"
+                   for key in ("train_accuracy", "val_accuracy", "test_accuracy")]
+        assert f"| {row.name} | {' | '.join(numbers)} | 1 |" in page(folder)
+    assert "](question_5.png)" in page(folder)
+    assert not [*folder.rglob("figure_5.png")]  # which is that of Question 2b
+
 def test_a_users_own_matplotlibrc_does_not_break_a_run(folder, few, small_convnet, monkeypatch):
     (folder / "matplotlibrc").write_text("text.usetex: True\nfigure.figsize: 1, 1\n")
     monkeypatch.setenv("PATH", "")  # there is no LaTeX
