@@ -1150,6 +1150,7 @@ def check_record(record):
              identity["layers"][0]["class"], identity["optimizer"][0]["name"],
              identity["schedule"]["name"], *record["classes"]]
     counts = [len(history["val_loss"]), result["model_size"], identity["data"]["train"]]
+    # The first three must be there.
     accuracies = [result["test_accuracy"], result["val_accuracy"], *history["val_accuracy"],
                   *accuracies_in(result), *flatten(accuracies_in(history))]
     is_right = (all(isinstance(text, str) for text in texts)
@@ -1221,12 +1222,16 @@ def group_experiments(records):
 def name_experiments(records):
     """A name for each of these records of several experiments: what distinguishes it from the
     others, such as "norm_flag True, dropout 0.3", "optimizer SGD" or "layers.2: GELU"."""
-    short_names = [", ".join(other_values(record, records) + other_layer(record, records))
-                   for record in records]
+    descriptions = [describe(record) for record in records]
+    networks = [layers_to_compare(record) for record in records]
+    identities = [flat_identity(record["identity"]) for record in records]
+    short_names = [", ".join(other_values(description, descriptions)
+                             + other_layer(network, networks))
+                   for description, network in zip(descriptions, networks)]
     names = []
-    for record, short_name in zip(records, short_names):
-        namesakes = [other for other, name in zip(records, short_names) if name == short_name]
-        words = [short_name, first_difference(record, namesakes)]
+    for record, identity, short_name in zip(records, identities, short_names):
+        namesakes = [other for other, name in zip(identities, short_names) if name == short_name]
+        words = [short_name, first_difference(identity, namesakes)]
         names.append(", ".join(word for word in words if word) or record["title"])
     unique_names = []
     for name, record in zip(names, records):
@@ -1248,31 +1253,29 @@ def layers_to_compare(record):
     return [layer for layer in record["identity"]["layers"]
             if not re.search("Norm|Dropout", layer["class"])]
 
-def other_values(record, records):
-    """What the description of a record says and that of another one does not: ["dropout 0.3"]."""
+def other_values(description, descriptions):
+    """The values of a description that another one does not share, as ["dropout 0.3"]."""
     words = []
-    for key, value in describe(record).items():
+    for key, value in description.items():
         is_said = value is False or not is_off(value)  # but not "augmentation none"
-        if is_said and any(describe(other).get(key) != value for other in records):
+        if is_said and any(other.get(key) != value for other in descriptions):
             words.append(f"{key} {value}")
     return words
 
-def other_layer(record, records):
-    """The first layer of a record's network whose class differs from that at the same position in
-    another network, as ["layers.2: GELU"]; an empty list if there is none."""
-    networks = [layers_to_compare(other) for other in records]
-    for i, layer in enumerate(layers_to_compare(record)):
-        for network in networks:
-            if i < len(network) and network[i]["class"] != layer["class"]:
+def other_layer(network, networks):
+    """The first layer whose class differs from that at the same position in another network, as
+    ["layers.2: GELU"]; an empty list if there is none."""
+    for i, layer in enumerate(network):
+        for other in networks:
+            if i < len(other) and other[i]["class"] != layer["class"]:
                 return [f"{layer['layer']}: {layer['class']}"]
     return []
 
-def first_difference(record, records):
-    """The first value of a record's identity that another identity does not have, with its place,
-    as "optimizer 0 momentum: 0.9"; "" if there is none."""
-    identities = [flat_identity(other["identity"]) for other in records]
-    for place, value in flat_identity(record["identity"]).items():
-        if any(identity.get(place) != value for identity in identities):
+def first_difference(identity, identities):
+    """The first value of a flat identity that another one does not share, with its place, as
+    "optimizer 0 momentum: 0.9"; "" if there is none."""
+    for place, value in identity.items():
+        if any(other.get(place) != value for other in identities):
             return f"{place}: {value}"
     return ""
 
@@ -1977,13 +1980,15 @@ def values_of(records, key):
     return [scale_of(key) * record["result"][key] for record in records
             if record["result"].get(key) is not None]
 
+OVERVIEW_PICTURES = ("summary.png", "same_conclusions.png")  # of all questions on a page
+
 def page_lines(title, questions, results, verdicts, folder):
     """The page of questions as lines of Markdown."""
     records = all_records(results)
     lines = [f"# {records[0]['data']}: {title}", "",
              f"{caption(records)}. Accuracies are in %; ± is the standard deviation over the "
              "seeds. Differences are in points of accuracy, with 95 % intervals in brackets.", ""]
-    lines += pictures(("summary.png", "same_conclusions.png"), folder)
+    lines += pictures(OVERVIEW_PICTURES, folder)
     for question_id, rows in results.items():
         question = questions[question_id]
         lines += [f"## Question {question_id}", "", question.text, ""]
@@ -2288,7 +2293,9 @@ class Settings(argparse.Namespace):
 
     def __getattr__(self, name):
         """Called for an attribute that is not there, so for a setting that the script lacks."""
-        raise MissingSetting(f"there is no setting {name} at the top of the script")
+        if name.startswith("__"):  # Python itself asks for special methods
+            raise AttributeError(name)
+        raise MissingSetting(f"there is no setting {name} at the top of {self.script}.py")
 
     def get(self, name, default):
         """A setting that only one of the scripts has."""
@@ -2352,14 +2359,18 @@ def find_comments(source):
     at the end of its line (after two spaces) or "", as a dict."""
     comments = {}
     for line in source.split("# --- end of settings")[0].splitlines():
-        name = re.match(r"\w*", line)[0]
+        name = first_word(line)
         if name:
             comments[name] = line.partition("  # ")[2]
     return comments
 
+def first_word(line):
+    """The word that begins a line of code, or ""."""
+    return re.match(r"\w*", line)[0]
+
 def hash_of_code(source, names):
     """Eight hex digits for the code of a script and of this file, without the lines of settings."""
-    lines = [line for line in source.splitlines() if re.match(r"\w*", line)[0] not in names]
+    lines = [line for line in source.splitlines() if first_word(line) not in names]
     lines.append(Path(__file__).read_text(encoding="utf-8"))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
 
@@ -2494,7 +2505,7 @@ def show_questions(settings, questions, claims, summary, results, draw, folder, 
     given = [f" --{name}={getattr(settings, name)}" for name in sorted(settings.given)
              if name in settings.identity_names]
     title = f"{settings.script}.py{''.join(given)}"
-    for name in ("summary.png", "same_conclusions.png"):  # of other runs; perhaps not drawn again
+    for name in OVERVIEW_PICTURES:  # those of other runs; perhaps there is nothing to draw now
         (folder / name).unlink(missing_ok=True)
     try:
         with plt.style.context(STYLE):
