@@ -153,8 +153,8 @@ def test_what_is_damaged_or_no_record_is_named_left_out_and_replaced_by_a_run(sm
     parts = [{"result": [0.5]}, {"result": {}}, {"history": {}}, {"identity": {}},
              {"identity": "mine"}, {"seed": "one"}, {"finished": "today"}, {"filters": None},
              {"result": {**record["result"], "test_accuracy": 81.7}}, {"data": "CIFAR-10"},
-            {"result": {**record["result"], "train_accuracy": 9}}, {"commit": ["a"]},
-            {"result": {**record["result"], "best_epoch": 9}}, {"pretrained": 5}]
+             {"result": {**record["result"], "train_accuracy": 9}}, {"commit": ["a"]},
+             {"result": {**record["result"], "best_epoch": 9}}, {"pretrained": 5}]
     texts = ["", "{", "[]", "3", "null", "\0\1", "[" * 100_000, '{"title": "ConvNet", "seed": 0}',
              *(json.dumps({**record, **part}) for part in parts)]
     others = {path.with_name(f"{i:02}.json"): text for i, text in enumerate(texts)}

@@ -104,7 +104,7 @@ def test_a_value_of_another_library_is_taken_for_what_it_says(edit, text, expect
 @pytest.mark.parametrize("text", ["# norm_flag = True", "Norm_flag = True", "norm_flag: bool"])
 def test_a_setting_that_is_missing_is_named(edit, folder, few, text):
     script = edit("norm_flag", text)
-    with pytest.raises(utils.UserError, match="there is no setting norm_flag at the top"):
+    with pytest.raises(utils.UserError, match="there is no setting norm_flag at the top of ex3_"):
         script.main(TINY)
     assert not hasattr(utils.parse_settings(vars(script), []), "norm_flag")
 
@@ -149,7 +149,7 @@ def test_a_question_says_which_settings_it_changes(folder, capsys):
     assert {run.num_epochs for run in planned} == {5}
     assert words not in capsys.readouterr().out
 
-def test_a_tilde_is_the_home_folder(monkeypatch):
+def test_a_tilde_is_the_home_folder():
     """No shell expands it behind an equals sign."""
     home = Path("~/photos").expanduser()
     assert parse("--dataset=~/photos").dataset == str(home)

@@ -97,6 +97,23 @@ def test_images_with_another_number_of_channels_are_an_error():
     with pytest.raises(RuntimeError):
         layer(torch.randn(2, 64, 8, 8))
 
+def test_the_state_dict_does_not_change():
+    model = ex3_convnet.ConvNet(norm_flag=True)
+    state = copy.deepcopy(model.state_dict())
+    utils.prepare_model(model, parse(), torch.float32)
+    assert [*model.state_dict()] == [*state]
+    for name, values in model.state_dict().items():
+        assert torch.equal(values, state[name])
+
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+        folder, few, no_figures, monkeypatch):
+    monkeypatch.setattr(ex3_convnet, "CHANNELS", (64, 64, 64, 64, 8))
+    whole, = ex3_convnet.main(TINY)
+    ex3_convnet.main([*TINY, "--num_epochs=1"])
+    resumed, = ex3_convnet.main([*TINY, "--resume"])
+    assert resumed["history"]["train_loss"] == whole["history"]["train_loss"]
+    assert resumed["filters"] == whole["filters"]
+
 def test_the_convnet_trains_with_it_as_without(folder, few, no_figures, monkeypatch):
     monkeypatch.setattr(ex3_convnet, "CHANNELS", (128, 128, 128, 128, 8))  # 2x2 pixels at last
     losses = []
