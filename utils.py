@@ -1150,7 +1150,7 @@ def check_record(record):
              identity["layers"][0]["class"], identity["optimizer"][0]["name"],
              identity["schedule"]["name"], *record["classes"]]
     counts = [len(history["val_loss"]), result["model_size"], identity["data"]["train"]]
-    # The first three must be there.
+    # Those that are named here must be there.
     accuracies = [result["test_accuracy"], result["val_accuracy"], *history["val_accuracy"],
                   *accuracies_in(result), *flatten(accuracies_in(history))]
     is_right = (all(isinstance(text, str) for text in texts)
